@@ -1,0 +1,18 @@
+"""MixGRPO (arXiv 2507.21802): a short window of the trajectory is stochastic and trained, and slides from noise to data.
+
+    python -m mixgrpo_jax.train --config=configs/mixgrpo.py:signs --workdir=runs/mixgrpo
+
+The argument names the model and task (a file of this folder); recipes change the method only.
+"""
+
+from mixgrpo_jax import config as configs
+
+
+def get_config(on="signs"):
+    """MixGRPO on the task `on`."""
+    config = configs.load(on, __file__)
+    config.plan.strategy = "progressive"
+    config.plan.stride = 1
+    config.sampler.kernel = "flow"
+    config.sampler.eta = 0.7
+    return config

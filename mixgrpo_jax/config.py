@@ -1,0 +1,182 @@
+"""Every setting there is, its default and its check.
+
+A recipe in configs/ starts from `base()` or from another recipe (`load`) and changes fields. Configs are locked: a field
+that is not here is refused. `resolve` turns a config into the typed settings that the program runs on, or raises
+`ConfigError` before anything is compiled.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from dataclasses import dataclass
+
+import ml_collections
+
+from mixgrpo_jax.flow.plans import PlanConfig
+from mixgrpo_jax.flow.rollout import Sampler
+from mixgrpo_jax.rl.advantages import AdvantageConfig
+from mixgrpo_jax.rl.objectives import GRPOConfig
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the field, the value and the remedy."""
+
+
+def base() -> ml_collections.ConfigDict:
+    """The defaults: MixGRPO's own, on the embedded `signs` task."""
+    return ml_collections.ConfigDict(
+        dict(
+            seed=714,
+            iterations=300,
+            model=dict(
+                folder="",  # transformer/, text_encoder_2/, tokenizer_2/ as diffusers lays them out; "" is the shipped one
+                codec="pixels",  # how latents become pictures
+                image_size=(16, 48),  # rows, columns
+                guidance=3.5,  # the embedded guidance scale that the transformer is told
+                dtype="float32",  # of the matrix products; master weights are fp32
+                remat="none",  # what the update recomputes: "none", "block"
+            ),
+            data=dict(name="signs", folder=""),  # "" is ~/.cache/mixgrpo_jax
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # devices by axis; -1 takes what is left
+            batch=dict(
+                prompts=8,  # an iteration
+                group=12,  # samples a prompt
+                updates=4,  # optimiser steps an iteration
+                micro_batch=24,  # samples a forward and backward pass, over all devices
+                shared_noise=True,  # a group starts from one noise, and shares its prefix
+            ),
+            plan=_fields(PlanConfig, num_steps=25, shift=3.0, strategy="progressive", length=4),
+            sampler=_fields(Sampler),
+            rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
+            watched=("strict",),  # scored and logged, not trained on
+            advantage=_fields(AdvantageConfig),
+            objective=_fields(GRPOConfig),
+            optimizer=dict(
+                learning_rate=1e-5,
+                warmup=0,  # updates of linear warm-up
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=1e-4,
+                max_grad_norm=1.0,
+                ema_decay=0.99,  # by update
+            ),
+            ratio_tolerance=1e-4,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
+            evaluation=dict(
+                prompts=256,  # held-out prompts
+                batch=64,
+                num_steps=20,
+                shift=3.0,
+                solver="euler",
+                solver_order=1,
+                ema=True,
+                every=0,  # iterations between evaluations during training; 0 is before and after only
+            ),
+            checkpoint=dict(every=25, keep=2),
+            pretrain=dict(
+                steps=1000,
+                batch=64,
+                shift=3.0,  # of the noise levels that are trained
+                learning_rate=2e-3,
+                warmup=50,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                ema_decay=0.99,
+                evaluate_every=200,
+                stop_at=1.0,  # held-out strict score at which to stop
+            ),
+        ),
+        convert_dict=True,
+    )
+
+
+def _fields(settings, **changes):
+    """The fields of a dataclass of settings with their defaults; None becomes a placeholder of its type."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        default = None if field.default is dataclasses.MISSING else field.default
+        value = changes.get(field.name, default)
+        values[field.name] = ml_collections.config_dict.placeholder(int) if value is None else value
+    return values
+
+
+def load(name: str, beside: str, *args: str) -> ml_collections.ConfigDict:
+    """`get_config(*args)` of the recipe `name`, a file in the folder of `beside` (a recipe's own `__file__`)."""
+    path = pathlib.Path(beside).with_name(f"{name}.py")
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.py"))
+        raise ConfigError(f"config {name!r}: there is no {path}; choose from {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked config: its typed parts, and the arithmetic that follows from it."""
+
+    config: ml_collections.ConfigDict
+    plan: PlanConfig
+    sampler: Sampler
+    advantage: AdvantageConfig
+    objective: GRPOConfig
+    samples: int  # an iteration
+    micro_batches: int  # an update
+    passes: int  # forward and backward passes an update
+
+    def arithmetic(self) -> str:
+        """The numbers that users get wrong, in words."""
+        batch, plan = self.config.batch, self.plan
+        return (
+            f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates of "
+            f"{self.samples // batch.updates} samples x {plan.num_trained} steps in {self.passes} passes of "
+            f"{batch.micro_batch}; {plan.num_steps} steps, {plan.window_length} stochastic, {plan.num_trained} trained"
+        )
+
+
+def resolve(config: ml_collections.ConfigDict) -> Settings:
+    """Check a config and derive what follows from it; raises ConfigError."""
+    try:
+        parts = dict(
+            plan=PlanConfig(**config.plan),
+            sampler=Sampler(**config.sampler),
+            advantage=AdvantageConfig(**config.advantage),
+            objective=GRPOConfig(**config.objective),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    batch = config.batch
+    samples = batch.prompts * batch.group
+    _positive(config, "iterations", "batch.prompts", "batch.updates", "batch.micro_batch", "optimizer.learning_rate")
+    _positive(config, "evaluation.prompts", "evaluation.batch", "evaluation.num_steps", "checkpoint.every")
+    if batch.group < 2:
+        raise ConfigError(f"batch.group={batch.group}: a group of one has no advantage; use at least 2")
+    _divides("batch.updates", batch.updates, "samples an iteration (batch.prompts * batch.group)", samples)
+    _divides("batch.micro_batch", batch.micro_batch, "samples an update", samples // batch.updates)
+    _divides("evaluation.batch", config.evaluation.batch, "evaluation.prompts", config.evaluation.prompts)
+    if not config.rewards or sum(config.rewards.values()) <= 0:
+        raise ConfigError(f"rewards={dict(config.rewards)}: give at least one reward a positive weight")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
+    micro_batches = samples // batch.updates // batch.micro_batch
+    passes = micro_batches * parts["plan"].num_trained
+    return Settings(config, samples=samples, micro_batches=micro_batches, passes=passes, **parts)
+
+
+def _positive(config, *fields):
+    for field in fields:
+        value = config
+        for name in field.split("."):
+            value = value[name]
+        if not value > 0:
+            raise ConfigError(f"{field}={value} must be positive")
+
+
+def _divides(field, value, what, whole):
+    if whole % value:
+        near = [d for d in range(1, whole + 1) if whole % d == 0]
+        raise ConfigError(
+            f"{field}={value} does not divide the {whole} {what}; nearest that do: "
+            f"{', '.join(str(d) for d in sorted(near, key=lambda d: abs(d - value))[:3])}"
+        )

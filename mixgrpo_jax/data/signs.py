@@ -1,0 +1,244 @@
+"""Signs: small pictures of coloured plates with a number on them, and prompts that say which.
+
+"a blue sign that says 4270 in white" is a blue plate of 16 x 48 pixels with white digits. Every property that the
+prompt asks for can be checked exactly, so a model trained here can be scored by reading the text back and by looking
+at the colours. The test split holds numbers and colour pairs that training never shows.
+"""
+
+import functools
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import matplotlib
+import numpy as np
+import tensorflow_datasets as tfds
+import tokenizers
+from PIL import Image, ImageDraw, ImageFont
+from transformers import PreTrainedTokenizerFast
+
+HEIGHT, WIDTH = 16, 48
+NOISE = 30.0  # standard deviation of a photograph's noise, in levels of 255
+PROMPT_LENGTH = 12  # the longest prompt: "a blue sign that says 4 2 7 0 in white </s>"
+
+DARK = {
+    "red": (200, 20, 30),
+    "green": (0, 130, 60),
+    "blue": (20, 50, 210),
+    "purple": (125, 10, 150),
+    "black": (15, 15, 15),
+}
+LIGHT = {"white": (250, 250, 250), "yellow": (250, 220, 20), "cyan": (40, 220, 240), "pink": (255, 130, 190)}
+PALETTE: dict[str, tuple[int, int, int]] = DARK | LIGHT
+_PALETTE_RGB = np.array(list(PALETTE.values()), np.uint8)
+
+# (plate, digits). Their mirror images stay in training, and with them every colour in either role.
+TEST_PAIRS = (
+    ("red", "white"),
+    ("green", "yellow"),
+    ("blue", "cyan"),
+    ("purple", "pink"),
+    ("white", "green"),
+    ("yellow", "blue"),
+    ("cyan", "purple"),
+    ("pink", "black"),
+)
+TRAIN_PAIRS = tuple(
+    pair for dark in DARK for light in LIGHT for pair in ((dark, light), (light, dark)) if pair not in TEST_PAIRS
+)
+LENGTH_WEIGHTS = (0.1, 0.2, 0.3, 0.4)
+
+_FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a picture shows: a number of one to four digits, and the names of its plate's and digits' colours."""
+
+    number: str
+    plate: str
+    digits: str
+
+    @property
+    def prompt(self) -> str:
+        """The sentence that asks for this sign."""
+        return f"a {self.plate} sign that says {self.number} in {self.digits}"
+
+
+def render(sign: Sign) -> np.ndarray:
+    """Picture of a sign, uint8 [16, 48, 3]: digits in cells of equal pitch, centred, antialiased."""
+    coverage = _coverage(sign.number)[..., None]
+    plate, digits = (np.asarray(PALETTE[name], np.float32) for name in (sign.plate, sign.digits))
+    return np.rint(plate + coverage * (digits - plate)).astype(np.uint8)
+
+
+def photograph(sign: Sign, rng: np.random.Generator) -> np.ndarray:
+    """A sign as a data set would have it, with a sensor's noise: uint8 [16, 48, 3].
+
+    The recognition network misreads about one such picture in eight, so a model that draws what the data show is no
+    better, and one that learns from rewards can be.
+    """
+    return np.clip(np.rint(render(sign) + rng.normal(0, NOISE, (HEIGHT, WIDTH, 3))), 0, 255).astype(np.uint8)
+
+
+def _coverage(number: str) -> np.ndarray:
+    """Share of each pixel that the digits cover, float32 [16, 48] in [0, 1]."""
+    mask = Image.new("L", (WIDTH * _OVERSAMPLING, HEIGHT * _OVERSAMPLING))
+    draw, font = ImageDraw.Draw(mask), _font()
+    top = font.getbbox("0", anchor="ls")[1]
+    baseline = (mask.height - top) / 2
+    for i, digit in enumerate(number):
+        centre = mask.width / 2 + (i - (len(number) - 1) / 2) * _PITCH * _OVERSAMPLING
+        draw.text((centre, baseline), digit, fill=255, font=font, anchor="ms")
+    return np.asarray(mask.resize((WIDTH, HEIGHT), Image.Resampling.BOX), np.float32) / 255
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono-Bold.ttf")
+    return ImageFont.truetype(path, _FONT_SIZE * _OVERSAMPLING)
+
+
+def is_test_number(number: str) -> bool:
+    """Whether a number belongs to the test split: one in eight does, by a hash of its digits."""
+    return zlib.crc32(number.encode()) % 8 == 0
+
+
+def numbers(split: str, length: int) -> list[str]:
+    """The numbers of `length` digits that `split` may use, in order; no leading zero, except in "0" itself."""
+    first = 0 if length == 1 else 10 ** (length - 1)
+    return [n for n in map(str, range(first, 10**length)) if is_test_number(n) == (split == "test")]
+
+
+def sample_signs(split: str, count: int, seed: int = 0) -> list[Sign]:
+    """`count` signs drawn from the numbers and colour pairs of `split` ("train" or "test"); a pure function."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown: use 'train' or 'test'")
+    rng = np.random.default_rng([seed, split == "test"])
+    pairs = TEST_PAIRS if split == "test" else TRAIN_PAIRS
+    by_length = [numbers(split, length) for length in range(1, len(LENGTH_WEIGHTS) + 1)]
+    lengths = rng.choice(len(by_length), size=count, p=LENGTH_WEIGHTS)
+    return [Sign(_pick(rng, by_length[i]), *_pick(rng, pairs)) for i in lengths]
+
+
+def _pick(rng: np.random.Generator, options: Sequence):
+    return options[rng.integers(len(options))]
+
+
+@dataclass(eq=False, kw_only=True)
+class SignsConfig(tfds.core.BuilderConfig):
+    """How many signs each split holds, and the seed that draws them."""
+
+    train: int = 20_000
+    test: int = 512
+    seed: int = 0
+
+
+class Signs(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of the rendered signs; writes array_record, and needs no TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None  # nothing to download; to look for checksums, TFDS imports a package that it does not require
+    BUILDER_CONFIGS = (SignsConfig(name="full", description="20,000 training and 512 test signs."),)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
+        image = tfds.features.Tensor(shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB)
+        text = {name: tfds.features.Text() for name in ("prompt", "number", "plate", "digits")}
+        features = tfds.features.FeaturesDict({"image": image, **text})
+        return tfds.core.DatasetInfo(builder=self, description=__doc__, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        config = self.builder_config
+        return {split: self._generate_examples(split, getattr(config, split)) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
+        seed = self.builder_config.seed
+        for key, sign in enumerate(sample_signs(split, count, seed)):
+            image = photograph(sign, np.random.default_rng([seed, split == "test", key]))
+            yield key, {"image": image, "prompt": sign.prompt, **vars(sign)}
+
+
+def load(split: str, data_dir: str | os.PathLike | None = None, config: str | SignsConfig = "full") -> grain.MapDataset:
+    """The signs of `split`, by random access, built on first use.
+
+    An element has `image` (uint8 [16, 48, 3]), `prompt`, and `metadata`: what the rewards need to know, namely
+    `number`, `plate`, `digits` (names of colours), `plate_rgb`, `digits_rgb` (uint8 [3]), and `palette` (uint8 [9, 3]).
+
+    Args:
+        split: "train" or "test".
+        data_dir: where the data set lives; by default $MIXGRPO_JAX_DATA, or else ~/.cache/mixgrpo_jax.
+        config: "full", or sizes of one's own.
+    """
+    data_dir = data_dir or os.environ.get("MIXGRPO_JAX_DATA", "~/.cache/mixgrpo_jax")
+    builder = _build(Path(data_dir).expanduser(), config)
+    return grain.MapDataset.source(builder.as_data_source(split)).map(_element)
+
+
+def _build(data_dir: Path, config: str | SignsConfig) -> Signs:
+    builder_in = functools.partial(Signs, config=config, file_format="array_record")
+    builder = builder_in(data_dir=data_dir)
+    if builder.is_prepared():
+        return builder
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # Several processes may get here at once: each builds its own, and the first to finish puts it in place.
+    with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
+        fresh = builder_in(data_dir=scratch)
+        fresh.download_and_prepare()
+        target = Path(builder.data_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(fresh.data_dir).rename(target)
+        except OSError:
+            if not builder.is_prepared():
+                raise
+    return builder_in(data_dir=data_dir)
+
+
+def _element(example: dict) -> dict:
+    prompt, number, plate, digits = (example[k].decode() for k in ("prompt", "number", "plate", "digits"))
+    metadata = {"number": number, "plate": plate, "digits": digits}
+    metadata |= {"plate_rgb": np.uint8(PALETTE[plate]), "digits_rgb": np.uint8(PALETTE[digits])}
+    return {"image": example["image"], "prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
+
+
+def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapDataset:
+    """Endless batches, shuffled anew in every epoch; batch k is `batches(...)[k]`, a pure function of (seed, k).
+
+    A batch has `image` (uint8 [B, 16, 48, 3]), `prompt` (B strings) and `metadata` (B dicts).
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")
+    return dataset.seed(seed).shuffle().repeat().batch(batch_size, batch_fn=_collate)
+
+
+def _collate(elements: list[dict]) -> dict:
+    columns = {key: [element[key] for element in elements] for key in elements[0]}
+    return columns | {"image": np.stack(columns["image"])}
+
+
+def groups(metadata: dict) -> dict[str, str]:
+    """What an element is counted under when scores are reported."""
+    return {"length": str(len(metadata["number"])), "plate": metadata["plate"], "digits": metadata["digits"]}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of the prompts: one token for each word and each digit, then </s>; pad 0, eos 1, unknown 2."""
+    grammar = ["a", "sign", "that", "says", "in", *PALETTE, *"0123456789"]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *grammar])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.normalizer = tokenizers.normalizers.Lowercase()
+    split = tokenizers.pre_tokenizers
+    model.pre_tokenizer = split.Sequence([split.Whitespace(), split.Digits(individual_digits=True)])
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=PROMPT_LENGTH,
+    )

@@ -1,0 +1,68 @@
+"""Sigma grids: the noise levels at which a trajectory is evaluated, from 1 (noise) down to 0 (data)."""
+
+import math
+
+import numpy as np
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> np.ndarray:
+    """The shifted schedule of rectified-flow models, `sigma = s t / (1 + (s - 1) t)` with t uniform from 1 to 0.
+
+    A shift s > 1 spends more steps at high noise; s = 1 is uniform.
+
+    >>> shifted_sigmas(4, shift=3.0)
+    array([1.  , 0.9 , 0.75, 0.5 , 0.  ], dtype=float32)
+
+    Args:
+      num_steps: number of steps T.
+      shift: s.
+
+    Returns:
+      [T + 1] float32, strictly decreasing, 1 first and 0 last.
+    """
+    return _shifted(np.linspace(1.0, 0.0, num_steps + 1), shift)
+
+
+def resolution_shift(
+    num_tokens: int,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+) -> float:
+    """The shift that FLUX derives from the number of latent tokens: `e^mu`, with mu linear in the tokens.
+
+    mu is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`, and extrapolates outside. FLUX's dynamic shift
+    `e^mu / (e^mu + 1/t - 1)` is `shifted_sigmas` with s = e^mu.
+    """
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return math.exp(base_shift + slope * (num_tokens - base_tokens))
+
+
+def compressed_suffix(num_steps: int, shift: float, window_end: int, ratio: float) -> np.ndarray:
+    """The steps that follow the window, on a grid coarser by `ratio` (MixGRPO-Flash).
+
+    The grid is uniform in t before the shift, as the schedule is, and has `max(int((T - window_end + 1) ratio), 2)`
+    points, so that a trajectory always reaches sigma = 0. A ratio of 1 gives the schedule's own tail.
+
+    >>> compressed_suffix(25, shift=3.0, window_end=4, ratio=0.2).round(5)
+    array([0.9403 , 0.79245, 0.53846, 0.     ], dtype=float32)
+
+    Args:
+      num_steps: number of steps T of the uncompressed schedule.
+      shift: s.
+      window_end: index one past the window's last step, in [0, T]. At T nothing follows and the result is [0.].
+      ratio: in (0, 1].
+
+    Returns:
+      [points] float32, from `shifted_sigmas(T, s)[window_end]` to 0.
+    """
+    if window_end == num_steps:
+        return np.zeros(1, np.float32)
+    start = np.linspace(1.0, 0.0, num_steps + 1)[window_end]
+    num_points = max(int((num_steps - window_end + 1) * ratio), 2)
+    return _shifted(np.linspace(start, 0.0, num_points), shift)
+
+
+def _shifted(t: np.ndarray, shift: float) -> np.ndarray:
+    return (shift * t / (1.0 + (shift - 1.0) * t)).astype(np.float32)

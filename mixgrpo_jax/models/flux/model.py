@@ -1,0 +1,300 @@
+"""FLUX.1: a rectified-flow transformer of double-stream blocks (text and image weights apart) and single-stream ones.
+
+Parameters are a plain nested dict of arrays; blocks of a kind are stacked along a leading axis and run by a scan.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixgrpo_jax.models import layers
+from mixgrpo_jax.models.layers import ZEROS, Embedder, Linear, RMSNorm
+
+Params = dict[str, Any]
+
+TIME_CHANNELS = 256
+MLP_RATIO = 4
+REMAT = ("none", "block")
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of a FLUX.1 transformer, named as in diffusers' config.json. The output has `in_channels` channels."""
+
+    in_channels: int = 64
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope={self.axes_dims_rope} must be even numbers that add up to "
+                f"attention_head_dim={self.attention_head_dim}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def flux1_dev() -> FluxConfig:
+    """FLUX.1 [dev]: 11.9 B parameters, guidance-distilled."""
+    return FluxConfig(guidance_embeds=True)
+
+
+def flux1_schnell() -> FluxConfig:
+    """FLUX.1 [schnell]: FLUX.1 [dev] without the guidance embedding."""
+    return FluxConfig()
+
+
+def flux_small(**overrides) -> FluxConfig:
+    """A width-128 model of the same architecture, for tests and for training from scratch on small images."""
+    sizes = dict(
+        in_channels=96,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return FluxConfig(**(sizes | overrides))
+
+
+class _Heads(nnx.Module):
+    """Rows of normalised queries and keys, and of values: [B, S, D] -> three of [B, S, H, d]."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        self.q = Linear(config.width, config.width, rngs=rngs)
+        self.k = Linear(config.width, config.width, rngs=rngs)
+        self.v = Linear(config.width, config.width, rngs=rngs)
+        self.q_norm = RMSNorm(config.attention_head_dim)
+        self.k_norm = RMSNorm(config.attention_head_dim)
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class _Stream(nnx.Module):
+    """One modality's weights of a double block."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.modulation = Linear(width, 6 * width, init=ZEROS, rngs=rngs)
+        self.attention = _Heads(config, rngs=rngs)
+        self.attention_out = Linear(width, width, rngs=rngs)
+        self.mlp_in = Linear(width, MLP_RATIO * width, rngs=rngs)
+        self.mlp_out = Linear(MLP_RATIO * width, width, rngs=rngs)
+
+    def finish(self, x: jax.Array, y: jax.Array, modulation: list[jax.Array]) -> jax.Array:
+        """Adds the attention's output y to the stream x, then the MLP's."""
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate * self.attention_out(y)
+        return x + gate_mlp * self.mlp_out(layers.gelu(self.mlp_in(layers.modulate(x, shift_mlp, scale_mlp))))
+
+
+class _DoubleBlock(nnx.Module):
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        self.text = _Stream(config, rngs=rngs)
+        self.image = _Stream(config, rngs=rngs)
+
+    def __call__(self, text, image, condition, angles, backend):
+        streams = (self.text, self.image)
+        modulations = [_chunks(stream.modulation(condition), 6) for stream in streams]
+        heads = [
+            stream.attention(layers.modulate(x, shift, scale))
+            for stream, x, (shift, scale, *_) in zip(streams, (text, image), modulations)
+        ]
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads))
+        y = layers.attention(layers.rotate(q, angles), layers.rotate(k, angles), v, backend=backend)
+        parts = jnp.split(y, [text.shape[1]], axis=1)
+        return tuple(stream.finish(*args) for stream, *args in zip(streams, (text, image), parts, modulations))
+
+
+class _SingleBlock(nnx.Module):
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.modulation = Linear(width, 3 * width, init=ZEROS, rngs=rngs)
+        self.attention = _Heads(config, rngs=rngs)
+        self.mlp_in = Linear(width, MLP_RATIO * width, rngs=rngs)
+        self.out = Linear((1 + MLP_RATIO) * width, width, rngs=rngs)
+
+    def __call__(self, x, condition, angles, backend):
+        shift, scale, gate = _chunks(self.modulation(condition), 3)
+        h = layers.modulate(x, shift, scale)
+        q, k, v = self.attention(h)
+        y = layers.attention(layers.rotate(q, angles), layers.rotate(k, angles), v, backend=backend)
+        return x + gate * self.out(jnp.concatenate([y, layers.gelu(self.mlp_in(h))], axis=-1))
+
+
+class _Flux(nnx.Module):
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.image_in = Linear(config.in_channels, width, rngs=rngs)
+        self.text_in = Linear(config.joint_attention_dim, width, rngs=rngs)
+        self.time_in = Embedder(TIME_CHANNELS, width, rngs=rngs)
+        self.guidance_in = Embedder(TIME_CHANNELS, width, rngs=rngs) if config.guidance_embeds else None
+        self.pooled_in = Embedder(config.pooled_projection_dim, width, rngs=rngs)
+        self.double_blocks = _stack(_DoubleBlock, config, config.num_layers, rngs)
+        self.single_blocks = _stack(_SingleBlock, config, config.num_single_layers, rngs)
+        self.final_modulation = Linear(width, 2 * width, init=ZEROS, rngs=rngs)
+        self.final_out = Linear(width, config.in_channels, init=ZEROS, rngs=rngs)
+        self.axes_dims = config.axes_dims_rope
+
+    def condition(self, timestep, pooled, guidance):
+        """silu of the summed time, guidance and pooled-text embeddings: [B, D]."""
+        total = self.pooled_in(pooled) + self.time_in(layers.sinusoid(1000 * timestep).astype(pooled.dtype))
+        if self.guidance_in is not None:
+            total = total + self.guidance_in(layers.sinusoid(1000 * guidance).astype(pooled.dtype))
+        return jax.nn.silu(total)
+
+    def __call__(self, x, text, condition, ids, remat, backend):
+        angles = layers.rope_angles(ids, self.axes_dims)
+
+        def double(streams, block):
+            return block(*streams, condition, angles, backend), None
+
+        def single(x, block):
+            return block(x, condition, angles, backend), None
+
+        if remat == "block":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            double, single = (jax.checkpoint(body, prevent_cse=False) for body in (double, single))
+        (text, image), _ = jax.lax.scan(double, (self.text_in(text), self.image_in(x)), self.double_blocks)
+        tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
+        scale, shift = _chunks(self.final_modulation(condition), 2)
+        return self.final_out(layers.modulate(tokens[:, text.shape[1] :], shift, scale))
+
+
+def _stack(block, config: FluxConfig, count: int, rngs: nnx.Rngs):
+    return jax.vmap(lambda key: block(config, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+def _chunks(modulation: jax.Array, count: int) -> list[jax.Array]:
+    return jnp.split(modulation[:, None], count, axis=-1)
+
+
+@functools.cache
+def _graphdef(config: FluxConfig) -> nnx.GraphDef:
+    return nnx.split(jax.eval_shape(lambda: _Flux(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init(config: FluxConfig, key: jax.Array) -> Params:
+    """Parameters in fp32 to train from scratch.
+
+    Modulations and the output projection are zero, so that every block starts as the identity and the model as v = 0;
+    other kernels are LeCun normal.
+    """
+    return nnx.to_pure_dict(nnx.state(_Flux(config, rngs=nnx.Rngs(key))))
+
+
+def apply(
+    config: FluxConfig,
+    params: Params,
+    x: jax.Array,
+    timestep: jax.Array | float,
+    text: jax.Array,
+    pooled: jax.Array,
+    guidance: jax.Array | float | None,
+    image_ids: jax.Array,
+    text_ids: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    remat: str = "none",
+    attention: str = "xla",
+) -> jax.Array:
+    """Velocity v(x, sigma, text) of packed latents.
+
+    Args:
+      config: the sizes of `params`.
+      params: as `init` returns them, in any float dtype.
+      x: packed latents [B, S, in_channels].
+      timestep: sigma in [0, 1], scalar or [B].
+      text: token features [B, L, joint_attention_dim]; padding tokens are attended, as in the released models.
+      pooled: pooled text features [B, pooled_projection_dim].
+      guidance: distilled guidance scale, scalar or [B]; None for a model without guidance embedding.
+      image_ids: positions [S, 3], see `image_ids`.
+      text_ids: positions [L, 3]; zeros by default.
+      dtype: dtype of the matmuls; parameters are cast on use. Time embedding, rotary angles and norm statistics
+        are fp32 in any case.
+      remat: "block" recomputes each block in the backward pass, "none" stores all activations.
+      attention: back end, "xla" or "cudnn".
+
+    Returns:
+      v [B, S, in_channels] in fp32.
+
+    Raises:
+      ValueError: `guidance` does not fit config.guidance_embeds, or `remat` or `attention` is unknown.
+    """
+    if (guidance is not None) != config.guidance_embeds:
+        need = "a guidance scale" if config.guidance_embeds else "guidance=None"
+        raise ValueError(f"guidance={guidance} with guidance_embeds={config.guidance_embeds}: pass {need}")
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is unknown: choose one of {REMAT}")
+    model = nnx.merge(_graphdef(config), params)
+    batch = (x.shape[0],)
+    timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
+    if guidance is not None:
+        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), batch)
+    if text_ids is None:
+        text_ids = jnp.zeros((text.shape[1], 3))
+    ids = jnp.concatenate([text_ids, image_ids]).astype(jnp.float32)
+    condition = model.condition(timestep, pooled.astype(dtype), guidance)
+    return model(x.astype(dtype), text.astype(dtype), condition, ids, remat, attention).astype(jnp.float32)
+
+
+def image_ids(rows: int, cols: int) -> jax.Array:
+    """Positions (0, row, col) of a grid of packed latents in row-major order: [rows cols, 3], fp32."""
+    row, col = jnp.meshgrid(jnp.arange(rows), jnp.arange(cols), indexing="ij")
+    return jnp.stack([jnp.zeros_like(row), row, col], axis=-1).reshape(-1, 3).astype(jnp.float32)
+
+
+def pack(latents: jax.Array) -> jax.Array:
+    """Folds 2 x 2 patches into channels: [B, H, W, C] -> [B, (H/2)(W/2), 4 C], channels ordered (c, dy, dx).
+
+    Raises ValueError when H or W is odd.
+    """
+    b, h, w, c = latents.shape
+    if h % 2 or w % 2:
+        raise ValueError(f"latents are {h} x {w}: both sides must be even to form 2 x 2 patches")
+    patches = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+    return patches.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
+    """Inverse of `pack` for latents of height x width: [B, S, 4 C] -> [B, height, width, C].
+
+    Raises ValueError when S is not (height/2)(width/2).
+    """
+    b, s, c = tokens.shape
+    if height % 2 or width % 2 or s != (height // 2) * (width // 2):
+        raise ValueError(f"{s} tokens do not make latents of {height} x {width}: need (height/2)(width/2) of them")
+    patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return patches.reshape(b, height, width, c // 4)
+
+
+def flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of one sample's forward pass: 2 per multiply-add of matmuls and attention."""
+    d, tokens = config.width, image_tokens + text_tokens
+    per_token = (4 + 2 * MLP_RATIO) * d * d
+    attend = 2 * tokens * tokens * d
+    double = tokens * per_token + attend + 2 * 6 * d * d
+    single = tokens * per_token + attend + 3 * d * d
+    embed = (1 + config.guidance_embeds) * (TIME_CHANNELS + d) * d + (config.pooled_projection_dim + d) * d
+    ends = 2 * image_tokens * config.in_channels * d + text_tokens * config.joint_attention_dim * d + 2 * d * d
+    return 2.0 * (config.num_layers * double + config.num_single_layers * single + embed + ends)

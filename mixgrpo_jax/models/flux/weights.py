@@ -1,0 +1,83 @@
+"""FLUX.1's weights in diffusers' layout: a folder with config.json and diffusion_pytorch_model*.safetensors."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixgrpo_jax.models import weights
+from mixgrpo_jax.models.flux.model import FluxConfig, Params, init
+from mixgrpo_jax.models.weights import Rule, linear
+
+CLASS_NAME = "FluxTransformer2DModel"
+FILE_NAME = "diffusion_pytorch_model.safetensors"
+
+DOUBLE = "transformer_blocks.{i}"
+SINGLE = "single_transformer_blocks.{i}"
+
+
+def _embedder(theirs: str, ours: str) -> list[Rule]:
+    return [rule for n in ("linear_1", "linear_2") for rule in linear(f"time_text_embed.{theirs}.{n}", f"{ours}/{n}")]
+
+
+TABLE = [
+    *linear("x_embedder", "image_in"),
+    *linear("context_embedder", "text_in"),
+    *_embedder("timestep_embedder", "time_in"),
+    *_embedder("guidance_embedder", "guidance_in"),
+    *_embedder("text_embedder", "pooled_in"),
+    *linear(f"{DOUBLE}.norm1.linear", "double_blocks/image/modulation"),
+    *linear(f"{DOUBLE}.attn.to_q", "double_blocks/image/attention/q"),
+    *linear(f"{DOUBLE}.attn.to_k", "double_blocks/image/attention/k"),
+    *linear(f"{DOUBLE}.attn.to_v", "double_blocks/image/attention/v"),
+    Rule(f"{DOUBLE}.attn.norm_q.weight", "double_blocks/image/attention/q_norm/scale"),
+    Rule(f"{DOUBLE}.attn.norm_k.weight", "double_blocks/image/attention/k_norm/scale"),
+    *linear(f"{DOUBLE}.attn.to_out.0", "double_blocks/image/attention_out"),
+    *linear(f"{DOUBLE}.ff.net.0.proj", "double_blocks/image/mlp_in"),
+    *linear(f"{DOUBLE}.ff.net.2", "double_blocks/image/mlp_out"),
+    *linear(f"{DOUBLE}.norm1_context.linear", "double_blocks/text/modulation"),
+    *linear(f"{DOUBLE}.attn.add_q_proj", "double_blocks/text/attention/q"),
+    *linear(f"{DOUBLE}.attn.add_k_proj", "double_blocks/text/attention/k"),
+    *linear(f"{DOUBLE}.attn.add_v_proj", "double_blocks/text/attention/v"),
+    Rule(f"{DOUBLE}.attn.norm_added_q.weight", "double_blocks/text/attention/q_norm/scale"),
+    Rule(f"{DOUBLE}.attn.norm_added_k.weight", "double_blocks/text/attention/k_norm/scale"),
+    *linear(f"{DOUBLE}.attn.to_add_out", "double_blocks/text/attention_out"),
+    *linear(f"{DOUBLE}.ff_context.net.0.proj", "double_blocks/text/mlp_in"),
+    *linear(f"{DOUBLE}.ff_context.net.2", "double_blocks/text/mlp_out"),
+    *linear(f"{SINGLE}.norm.linear", "single_blocks/modulation"),
+    *linear(f"{SINGLE}.attn.to_q", "single_blocks/attention/q"),
+    *linear(f"{SINGLE}.attn.to_k", "single_blocks/attention/k"),
+    *linear(f"{SINGLE}.attn.to_v", "single_blocks/attention/v"),
+    Rule(f"{SINGLE}.attn.norm_q.weight", "single_blocks/attention/q_norm/scale"),
+    Rule(f"{SINGLE}.attn.norm_k.weight", "single_blocks/attention/k_norm/scale"),
+    *linear(f"{SINGLE}.proj_mlp", "single_blocks/mlp_in"),
+    *linear(f"{SINGLE}.proj_out", "single_blocks/out"),
+    *linear("norm_out.linear", "final_modulation"),
+    *linear("proj_out", "final_out"),
+]
+
+
+def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[FluxConfig, Params]:
+    """Reads a FLUX.1 transformer as diffusers saves it.
+
+    Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
+    folder of another model, an unsupported config, or tensors that do not fit the config.
+    """
+    raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
+    config = FluxConfig(**weights.known_fields(FluxConfig, raw))
+    if raw.get("patch_size", 1) != 1 or (raw.get("out_channels") or config.in_channels) != config.in_channels:
+        raise ValueError(
+            f"{folder}: patch_size={raw.get('patch_size')}, out_channels={raw.get('out_channels')} are not supported; "
+            f"use a model with patch_size=1 and out_channels=in_channels={config.in_channels}"
+        )
+    skeleton = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return config, weights.load(TABLE, skeleton, weights.read_safetensors(folder), dtype=dtype)
+
+
+def save_folder(folder: str | os.PathLike, config: FluxConfig, params: Params) -> None:
+    """Writes a folder that `load_folder` and diffusers' FluxTransformer2DModel.from_pretrained open."""
+    weights.write_config(folder, {"_class_name": CLASS_NAME, "patch_size": 1, **dataclasses.asdict(config)})
+    weights.write_safetensors(Path(folder) / FILE_NAME, weights.export(TABLE, params))

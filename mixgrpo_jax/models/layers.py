@@ -1,0 +1,128 @@
+"""Layers shared by the transformers: parameters are stored as given and cast to the activations' dtype where used.
+
+The compute dtype is therefore the dtype of the input, and nothing here carries a dtype argument. What must not lose
+precision (norm statistics, rotary angles, time embeddings) is computed in fp32 and cast back.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+ATTENTION_BACKENDS = ("xla", "cudnn")
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+LECUN = jax.nn.initializers.lecun_normal()
+ZEROS = jax.nn.initializers.zeros
+
+
+def normal(std: float) -> Initializer:
+    """Initialiser N(0, std^2)."""
+    return jax.nn.initializers.normal(std)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W stored as `kernel` [d_in, d_out] in fp32."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = True, init: Initializer = LECUN, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d_in] -> [..., d_out], in x's dtype."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in fp32."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Same shape and dtype as x [..., dim]."""
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedder(nnx.Module):
+    """Two-layer SiLU perceptron that lifts a conditioning vector [B, d_in] to the model's width [B, dim]."""
+
+    def __init__(self, d_in: int, dim: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(d_in, dim, rngs=rngs)
+        self.linear_2 = Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, d_in] -> [B, dim]."""
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) over the last axis, without affine parameters; statistics in fp32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Adaptive layer norm: layer_norm(x) (1 + scale) + shift."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """softmax(scale q k^T + bias) v without a mask.
+
+    q, k, v are [B, S, H, d]; bias broadcasts to [B, H, S, S]; scale defaults to 1/sqrt(d). `backend` is "xla", or
+    "cudnn" for the fused kernel of NVIDIA GPUs, which needs bf16 or fp16. Returns [B, S, H d]. Raises ValueError for
+    another backend.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention={backend!r} is unknown: choose one of {ATTENTION_BACKENDS}")
+    y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation=backend)
+    return y.reshape(*y.shape[:2], -1)
+
+
+def sinusoid(t: jax.Array, dim: int = 256, max_period: float = 1e4) -> jax.Array:
+    """[cos(t w_j), sin(t w_j)] with w_j = max_period^(-j / (dim/2)), cosines first, in fp32: t [B] -> [B, dim]."""
+    half = dim // 2
+    # The exponent is rounded to fp32, as in training of the released models: t up to 3500 magnifies its last bit.
+    exponent = -math.log(max_period) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_angles(ids: jax.Array, axes_dims: tuple[int, ...], theta: float = 1e4) -> jax.Array:
+    """Rotary angles of positions ids [S, A] on A axes: axis a turns axes_dims[a]/2 pairs by id_a theta^(-2j/dim_a).
+
+    Returns [S, sum(axes_dims)/2] in fp32.
+    """
+    ids = jnp.asarray(ids, jnp.float32)
+    frequencies = [(theta ** -(np.arange(0, dim, 2) / dim)).astype(np.float32) for dim in axes_dims]
+    return jnp.concatenate([ids[:, a, None] * f for a, f in enumerate(frequencies)], axis=-1)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates each interleaved pair (x_2j, x_2j+1) of x [B, S, H, d] by angles [S, d/2], in fp32."""
+    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)

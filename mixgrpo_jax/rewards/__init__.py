@@ -1,0 +1,84 @@
+"""What is good: rewards by name, and the one contract that they all keep."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from mixgrpo_jax.rewards import colour, ocr
+
+Images = np.ndarray | jax.Array
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A score of each image for its prompt; larger is better.
+
+    Attributes:
+        name: how logs and configs call it.
+        where: "device" if `score` only enqueues work on the accelerator, "host" if it keeps the CPU busy.
+        score: `(images, prompts, metadata) -> scores`, with images uint8 [B, H, W, 3], B prompts, and for each prompt
+            the dict that came with it from the data; scores are float32 [B]. It may raise: a run stops rather than
+            learn from a made-up score. Scores that are not finite are refused by `score_all`.
+    """
+
+    name: str
+    where: Literal["device", "host"]
+    score: Callable[[Images, list[str], list[dict]], Images]
+
+
+def _ocr() -> Reward:
+    ocr.network()  # a missing package should stop a run at its start, not after the first rollout
+    return Reward("ocr", "host", ocr.score)
+
+
+def _colour() -> Reward:
+    return Reward("colour", "device", colour.score)
+
+
+def _strict() -> Reward:
+    ocr.network()
+    return Reward("strict", "host", strict_score)
+
+
+REWARDS: dict[str, Callable[[], Reward]] = {"ocr": _ocr, "colour": _colour, "strict": _strict}
+
+
+def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    """1 where the number is read exactly and both colours are the ones asked for, else 0; float32 [B].
+
+    Too sparse to learn from, and therefore the fair measure on held-out prompts.
+    """
+    del prompts
+    read_right = [text == m["number"] for text, m in zip(ocr.read(images), metadata, strict=True)]
+    return np.float32(colour.named_right(images, metadata) & np.array(read_right))
+
+
+def score_all(
+    rewards: Sequence[Reward], images: Images, prompts: list[str], metadata: list[dict]
+) -> dict[str, np.ndarray]:
+    """Scores of every reward, {name: float32 [B]}.
+
+    Raises:
+        ValueError: if a reward's scores are not of shape [B], or not finite; the message names it and the sample.
+    """
+    # Device rewards first: they return at once, and compute while the host is busy with the others.
+    queue = sorted(rewards, key=lambda reward: reward.where != "device")
+    scores = {reward.name: reward.score(images, prompts, metadata) for reward in queue}
+    return {reward.name: _checked(reward.name, scores[reward.name], prompts) for reward in rewards}
+
+
+def _checked(name: str, scores: Images, prompts: list[str]) -> np.ndarray:
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (len(prompts),):
+        raise ValueError(f"reward {name!r} gave scores of shape {scores.shape} for {len(prompts)} images: return [B]")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        i = bad[0]
+        raise ValueError(
+            f"reward {name!r} gave {scores[i]} for sample {i} ({prompts[i]!r}), and {bad.size} of {len(scores)} scores "
+            "are not finite: look at that image, or drop the reward from the config"
+        )
+    return scores

@@ -1,0 +1,94 @@
+"""Are the plate and the digits of the colours that were asked for? Pure functions of the pixels, on the device.
+
+The plate is known by the picture's outermost ring of pixels, where no digit reaches.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOLERANCE = 0.25  # distance in the RGB unit cube at which a pixel counts 1/e
+DIGIT_SHARE = 0.02  # share of pixels that even the thinnest number, "1", covers
+
+
+@jax.jit
+def colour_score(images: jax.Array, plate_rgb: jax.Array, digits_rgb: jax.Array) -> jax.Array:
+    """How near a picture's colours are to the ones asked for, float32 [B] in [0, 1]: ring * presence * purity.
+
+    With k(d) = exp(-(d / 0.25)^2) for a distance d in the RGB unit cube,
+
+        ring     = mean of k(distance to the plate's colour) over the outermost pixels,
+        presence = min(1, mean of k(distance to the digits' colour) over all pixels / 0.02),
+        purity   = mean of k(distance to the segment between the two colours) over all pixels, weighted by
+                   1 - k(distance to the plate's colour).
+
+    The segment, because antialiased edges lie on it: a clean sign scores 1, and noise of any hue costs. The weights,
+    because a short number covers few pixels, and its colour should count as much as a long one's.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        plate_rgb: [B, 3], 0 to 255.
+        digits_rgb: [B, 3], 0 to 255.
+    """
+    pixels = _unit(images)
+    plate, digits = _unit(plate_rgb)[:, None, None], _unit(digits_rgb)[:, None, None]
+    on_plate = _nearness(pixels - plate)
+    ring = _ring(on_plate).mean(-1)
+    presence = jnp.minimum(1, _nearness(pixels - digits).mean((1, 2)) / DIGIT_SHARE)
+    axis = digits - plate
+    along = jnp.sum((pixels - plate) * axis, -1, keepdims=True) / jnp.maximum(jnp.sum(axis**2, -1, keepdims=True), 1e-6)
+    on_segment = _nearness(pixels - plate - jnp.clip(along, 0, 1) * axis)
+    off_plate = 1 - on_plate
+    purity = jnp.sum(off_plate * on_segment, (1, 2)) / jnp.maximum(jnp.sum(off_plate, (1, 2)), 1e-6)
+    return ring * presence * purity
+
+
+@jax.jit
+def nearest_colours(images: jax.Array, palette: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which colours of a palette the plate and the digits have, whatever was asked for: two of int32 [B].
+
+    The plate's colour is the median of the outermost pixels; the digits' is the median of the 2% of pixels that are
+    furthest from it.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        palette: [B, K, 3], 0 to 255; the K colours to tell apart.
+    """
+    pixels, palette = _unit(images), _unit(palette)
+    plate = jnp.median(_ring(pixels), axis=1, keepdims=True)
+    flat = pixels.reshape(len(pixels), -1, 3)
+    _, furthest = jax.lax.top_k(jnp.sum((flat - plate) ** 2, -1), max(1, int(DIGIT_SHARE * flat.shape[1])))
+    digits = jnp.median(jnp.take_along_axis(flat, furthest[..., None], axis=1), axis=1, keepdims=True)
+    nearest = [jnp.argmin(jnp.sum((palette - colour) ** 2, -1), -1) for colour in (plate, digits)]
+    return nearest[0], nearest[1]
+
+
+def score(images: jax.Array, prompts: list[str], metadata: list[dict]) -> jax.Array:
+    """`colour_score` for the colours in `metadata["plate_rgb"]` and `metadata["digits_rgb"]`, float32 [B]."""
+    del prompts
+    return colour_score(images, _column(metadata, "plate_rgb"), _column(metadata, "digits_rgb"))
+
+
+def named_right(images: jax.Array, metadata: list[dict]) -> np.ndarray:
+    """Whether plate and digits are, of the colours in `metadata["palette"]`, nearest to those asked for; bool [B]."""
+    palette = _column(metadata, "palette")
+    found = np.stack(nearest_colours(images, palette), -1)  # [B, 2]
+    asked = np.stack([_column(metadata, "plate_rgb"), _column(metadata, "digits_rgb")], 1)  # [B, 2, 3]
+    return (np.take_along_axis(palette, found[..., None], 1) == asked).all((1, 2))
+
+
+def _column(metadata: list[dict], name: str) -> np.ndarray:
+    return np.stack([m[name] for m in metadata])
+
+
+def _unit(colours: jax.Array) -> jax.Array:
+    return jnp.asarray(colours, jnp.float32) / 255
+
+
+def _nearness(offset: jax.Array) -> jax.Array:
+    return jnp.exp(-jnp.sum(offset**2, -1) / TOLERANCE**2)
+
+
+def _ring(x: jax.Array) -> jax.Array:
+    """The outermost pixels of [B, H, W, ...], as [B, 2 (H + W) - 4, ...]."""
+    return jnp.concatenate([x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1]], axis=1)

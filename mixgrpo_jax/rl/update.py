@@ -1,0 +1,104 @@
+"""The optimiser updates of one iteration: sharded, accumulated, one program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from mixgrpo_jax.flow.rollout import Rows
+from mixgrpo_jax.rl.objectives import Objective, Row
+
+
+class TrainState(NamedTuple):
+    """What training changes: parameters, the optimiser's state, the parameters' moving average, and a count."""
+
+    params: Any
+    opt_state: Any
+    ema: Any
+    step: Array
+
+
+def init_state(params: Any, optimiser: optax.GradientTransformation) -> TrainState:
+    """A fresh state. The average is a copy, so that the state's buffers can be donated."""
+    return TrainState(params, optimiser.init(params), jax.tree.map(jnp.copy, params), jnp.int32(0))
+
+
+def assign(group_id: Array, num_updates: int, micro_batch: int) -> Array:
+    """Which samples make which update: indices [U, M, micro_batch] into the batch [B].
+
+    Every update takes an equal share of each group, as far as group sizes allow: the k-th members of all groups stay
+    together.
+
+    >>> assign(jnp.array([0, 0, 1, 1]), num_updates=2, micro_batch=2).tolist()
+    [[[0, 2]], [[1, 3]]]
+    """
+    same = group_id[:, None] == group_id[None, :]
+    member = jnp.tril(same, -1).sum(1)  # how many of its group stand before a sample
+    return jnp.argsort(member, stable=True).reshape(num_updates, -1, micro_batch)
+
+
+def make_update(
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    *,
+    num_updates: int,
+    micro_batch: int,
+    ema_decay: float,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Build `update(state, reference, rows, advantage, group_id, cond, train) -> state, metrics`.
+
+    The B samples are split into `num_updates` optimiser steps. Each accumulates the gradient over its micro-batches and
+    over the trained window steps by `lax.scan`, so memory is that of one micro-batch and one step.
+
+    Args of the returned function:
+        reference: parameters of the frozen reference policy, or None where the objective needs none.
+        rows: the rollout's window, [w, B, ...].
+        advantage: [B]; group_id: [B] integers.
+        cond: pytree with leading axis P; sample b uses row group_id[b].
+        train: offsets within the window that are trained, [n] int32.
+    Metrics are stacked by update, [U], and those under "ratio/" by trained step as well, [U, n].
+    """
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def update(state: TrainState, reference, rows: Rows, advantage, group_id, cond, train):
+        samples = assign(group_id, num_updates, micro_batch)
+        num_micro, num_train = samples.shape[1], train.shape[0]
+
+        def accumulate(carry, element):
+            params, total = carry
+            index, step = element
+            row = Row(
+                *(a[step, index] for a in (rows.x, rows.x_next, rows.log_prob)),
+                sigma=rows.sigma[step],
+                sigma_next=rows.sigma_next[step],
+                advantage=advantage[index],
+                cond=jax.tree.map(lambda a: a[group_id[index]], cond),
+            )
+            (_, metrics), gradients = gradient(params, reference, row)
+            return (params, jax.tree.map(jnp.add, total, gradients)), metrics
+
+        def apply(state: TrainState, samples):
+            elements = (jnp.repeat(samples, num_train, axis=0), jnp.tile(train, num_micro))
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            (_, total), metrics = lax.scan(accumulate, (state.params, zeros), elements)
+            gradients = jax.tree.map(lambda g: g / (num_micro * num_train), total)
+            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+            metrics = {name: _by_step(name, m.reshape(num_micro, num_train)) for name, m in metrics.items()}
+            metrics["grad_norm"] = optax.global_norm(gradients)
+            return TrainState(params, opt_state, ema, state.step + 1), metrics
+
+        return lax.scan(apply, state, samples)
+
+    return update
+
+
+def _by_step(name: str, values: Array) -> Array:
+    """Reduce [micro-batches, steps]: ratios keep the step, since it is the step that tells what went wrong."""
+    if not name.startswith("ratio/"):
+        return values.mean()
+    return values.max(0) if name.endswith("max_deviation") else values.mean(0)

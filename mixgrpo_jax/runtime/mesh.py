@@ -1,0 +1,67 @@
+"""The device mesh, and where each array lies on it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# an ordered list of (regex over a parameter's path, spec); the first that matches decides
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor. One size may be -1: it takes the devices that the others leave."""
+    devices = list(devices or jax.devices())
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = len(devices) // max(1, -int(np.prod(shape)))
+    if min(shape) < 1 or np.prod(shape) != len(devices):
+        asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        raise ValueError(f"mesh {asked} does not fill {len(devices)} devices; set one axis to -1 to fill")
+    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as text: ('blocks', 'kernel') -> "blocks/kernel"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf, by the first rule whose regex is found in the leaf's path.
+
+    Optimiser states and averages repeat the parameters' paths, so the same rules place them. A dimension that its axes do
+    not divide is left whole; a leaf that no rule matches is replicated.
+    """
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = next((spec for regex, spec in rules if re.search(regex, name)), PartitionSpec())
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fit(spec, shape, mesh):
+    if len(spec) > len(shape):
+        return PartitionSpec()
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    fits = [size % int(np.prod([mesh.shape[a] for a in names])) == 0 for names, size in zip(axes, shape)]
+    return PartitionSpec(*(axis if fit else None for axis, fit in zip(spec, fits)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, size: int, axis: int = 0) -> NamedSharding:
+    """Samples over the batch axes of the mesh, where `size` of them divide; otherwise replicated."""
+    spec = PartitionSpec(*[None] * axis, BATCH[0])
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return NamedSharding(mesh, spec if size % ways == 0 else PartitionSpec())

@@ -1,0 +1,124 @@
+"""What a run writes down: metrics.jsonl, one object a line; TensorBoard where it is installed."""
+
+import contextlib
+import importlib.util
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+# Peak dense bf16 FLOP/s of a device, by a part of `jax.Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+class PhaseTimer:
+    """Seconds by phase of one iteration."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a block; its results must be ready when it ends, or the next phase pays for them."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """The seconds, as `time/PHASE`."""
+        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+
+
+def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}."""
+    named = {f"{prefix}/{name}": np.asarray(values) for name, values in scores.items()}
+    return {f"{n}/mean": float(v.mean()) for n, v in named.items()} | {
+        f"{n}/std": float(v.std()) for n, v in named.items()
+    }
+
+
+def throughput(line: Mapping, timer: PhaseTimer, samples: int, flops: float, devices: int) -> dict[str, float]:
+    """Pictures a second of an iteration, and the model FLOPs utilisation where the chip's peak is known.
+
+    A gradient counts as three evaluations; recomputation is not counted.
+    """
+    work = {phase: timer.seconds[phase] for phase in ("rollout", "reward", "update")}
+    result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    if peak:
+        done = flops * (line["nfe/rollout"] + 3 * line["nfe/update"])
+        result["time/utilisation"] = done / (work["rollout"] + work["update"]) / (peak * devices)
+    return result
+
+
+def brief(line: Mapping) -> dict[str, str]:
+    """What a progress bar shows of a line."""
+    rewards = {
+        k.split("/")[1]: f"{v:.3f}" for k, v in line.items() if k.startswith(("reward/", "watched/")) and "mean" in k
+    }
+    seconds = {k.removeprefix("time/"): f"{line[k]:.1f}s" for k in ("time/rollout", "time/reward", "time/update")}
+    return rewards | {
+        "clip": f"{line['ratio/clip_fraction']:.2f}",
+        "drift": f"{line['ratio/drift']:.1e}",
+        "window": f"{line['window/start']}",
+        "nfe": f"{line['nfe/rollout']}+{line['nfe/update']}",
+        **seconds,
+    }
+
+
+class MetricWriter:
+    """Appends to `workdir`/metrics.jsonl, one flat object a line, written through at once.
+
+    On resume, lines of iterations that will be run again are dropped.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, resume_at: int = 0):
+        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["iteration"] <= resume_at]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._board = _tensorboard(workdir)
+
+    def write(self, iteration: int, metrics: Mapping[str, float | int]) -> None:
+        """One line: the iteration (from 1), then the metrics."""
+        line = {"iteration": iteration} | {name: _plain(value) for name, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board:
+            self._board.write_scalars(iteration, {k: v for k, v in line.items() if isinstance(v, int | float)})
+
+
+def read(path: str | pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; empty where there is none. A last line cut short by a crash is left out."""
+    path = pathlib.Path(path)
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _plain(value):
+    return value if isinstance(value, int | str | None) else float(value)
+
+
+def _tensorboard(workdir):
+    """clu's writer, where the extra `tensorboard` is installed: its import needs TensorFlow."""
+    if not importlib.util.find_spec("tensorflow"):
+        return None
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(workdir))

@@ -1,0 +1,62 @@
+"""Draw pictures for prompts.
+
+    python -m mixgrpo_jax.sample --config=configs/quickstart.py --workdir=runs/quickstart \\
+        --prompt="a blue sign that says 4270 in white" --prompt="a pink sign that says 8 in black"
+
+Uses the newest checkpoint in workdir, or without one the model's folder, and the sampler of the config's `evaluation`
+section. Writes workdir/samples/NNN.png, and page.png with all of them in the prompts' order.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.evaluate import make_draw, restore
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.runtime import report
+
+
+def sample(config: Any, workdir: str | pathlib.Path, prompts: Sequence[str]) -> np.ndarray:
+    """Draw one picture for each prompt, write them, and return them [N, H, W, 3] uint8.
+
+    Picture n has the noise of (config.seed, n), whatever the other prompts are.
+    """
+    configs.resolve(config)
+    if not prompts:
+        raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
+    parts, params = policies.load(config.model.folder)
+    policy = policies.make(parts, config.model, remat="none")
+    trained, source = restore(config, workdir, params["transformer"])
+    draw, features = make_draw(policy, config.evaluation), jax.jit(policy.features)
+    print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+
+    folder = pathlib.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    size, images = min(config.evaluation.batch, len(prompts)), []
+    for start in tqdm(range(0, len(prompts), size), "sample"):
+        index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
+        cond = features(params["text_encoder"], policy.tokenize([prompts[i] for i in index]))
+        images.append(np.asarray(draw(trained, cond, jax.random.key(config.seed), index)))
+    images = np.concatenate(images)[: len(prompts)]
+    for index, image in enumerate(images):
+        report.save_png(folder / f"{index:03}.png", image)
+    report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+    return images
+
+
+def main(_):  # noqa: D103
+    sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", required=True)
+    app.run(main)

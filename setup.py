@@ -1,0 +1,44 @@
+"""Packaging of mixgrpo_jax. Tools are configured in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# flax and jax move together: flax <= 0.12.8 does not import with jax >= 0.11.1, and jax >= 0.11 needs Python >= 3.12.
+JAX = [
+    "jax>=0.10.2,<0.11; python_version < '3.12'",
+    "flax>=0.12.8,<0.12.9; python_version < '3.12'",
+    "jax>=0.12; python_version >= '3.12'",
+    "flax>=0.12.12; python_version >= '3.12'",
+]
+
+setup(
+    name="mixgrpo_jax",
+    version="0.1.0",
+    description="MixGRPO for flow-matching transformers, in JAX and Flax",
+    license="Apache-2.0",
+    packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        *JAX,
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5",
+        "ml_collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "clu>=0.0.12",
+        "grain>=0.2.18",
+        "array_record>=0.8",
+        "safetensors>=0.8",
+        "numpy",
+        "pillow",
+        "tqdm",
+        "matplotlib",  # the reward curve, and the font that the signs are drawn in
+        "onnxruntime",
+        "rapidocr-onnxruntime>=1.4.4",  # ships PP-OCRv4's weights; only the file is read, the package is not imported
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "tensorboard": ["tensorflow-cpu", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "torch", "diffusers", "accelerate", "scipy", "ruff", "mypy"],
+    },
+)
