@@ -39,6 +39,15 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tensorboard": ["tensorflow-cpu", "tensorboard"],
-        "test": ["pytest", "pytest-xdist", "torch", "diffusers", "accelerate", "scipy", "ruff", "mypy"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "torch>=2.13,<2.14",
+            "diffusers>=0.42",
+            "accelerate",
+            "scipy",
+            "ruff",
+            "mypy",
+        ],
     },
 )

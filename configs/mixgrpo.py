@@ -1,4 +1,4 @@
-"""MixGRPO (arXiv 2507.21802): a short window of the trajectory is stochastic and trained, and slides from noise to data.
+"""MixGRPO (arXiv 2507.21802): only a short, sliding window of the trajectory is stochastic and trained.
 
     python -m mixgrpo_jax.train --config=configs/mixgrpo.py:signs --workdir=runs/mixgrpo
 

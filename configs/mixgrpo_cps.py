@@ -2,8 +2,8 @@
 
     python -m mixgrpo_jax.train --config=configs/mixgrpo_cps.py:signs --workdir=runs/mixgrpo_cps
 
-The log-prob is -(x' - mean)^2, as its authors have it: a density's up to the step's variance, so the clip range does not
-mean what it means in `mixgrpo`.
+The log-prob is -(x' - mean)^2, as its authors have it: a density's up to the step's variance, so the clip range does
+not mean what it means in `mixgrpo`.
 """
 
 from mixgrpo_jax import config as configs

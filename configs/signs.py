@@ -19,5 +19,6 @@ def get_config():
     config.optimizer.learning_rate = 5e-5
     config.objective.clip_low = config.objective.clip_high = 1e-3
     config.pretrain.steps = 3000
+    config.pretrain.evaluate_every = 100
     config.pretrain.stop_at = 0.35
     return config

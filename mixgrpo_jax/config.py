@@ -1,19 +1,24 @@
 """Every setting there is, its default and its check.
 
-A recipe in configs/ starts from `base()` or from another recipe (`load`) and changes fields. Configs are locked: a field
-that is not here is refused. `resolve` turns a config into the typed settings that the program runs on, or raises
+A recipe in configs/ starts from `base()` or from another recipe (`load`) and changes fields. Configs are locked: a
+field that is not here is refused. `resolve` turns a config into the typed settings that the program runs on, or raises
 `ConfigError` before anything is compiled.
 """
 
 import dataclasses
-import importlib.util
+import functools
 import pathlib
+import runpy
 from dataclasses import dataclass
 
 import ml_collections
 
+from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.flow.plans import PlanConfig
 from mixgrpo_jax.flow.rollout import Sampler
+from mixgrpo_jax.flow.solvers import SOLVERS
+from mixgrpo_jax.models.flux.model import REMAT
+from mixgrpo_jax.rewards import REWARDS
 from mixgrpo_jax.rl.advantages import AdvantageConfig
 from mixgrpo_jax.rl.objectives import GRPOConfig
 
@@ -29,7 +34,7 @@ def base() -> ml_collections.ConfigDict:
             seed=714,
             iterations=300,
             model=dict(
-                folder="",  # transformer/, text_encoder_2/, tokenizer_2/ as diffusers lays them out; "" is the shipped one
+                folder="",  # a checkpoint in diffusers' layout; "" is the one that ships with the package
                 codec="pixels",  # how latents become pictures
                 image_size=(16, 48),  # rows, columns
                 guidance=3.5,  # the embedded guidance scale that the transformer is told
@@ -106,10 +111,7 @@ def load(name: str, beside: str, *args: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.py"))
         raise ConfigError(f"config {name!r}: there is no {path}; choose from {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"configs.{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
+    return runpy.run_path(str(path))["get_config"](*args)
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class Settings:
         """The numbers that users get wrong, in words."""
         batch, plan = self.config.batch, self.plan
         return (
-            f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates of "
-            f"{self.samples // batch.updates} samples x {plan.num_trained} steps in {self.passes} passes of "
+            f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates "
+            f"of {self.samples // batch.updates} samples x {plan.num_trained} steps in {self.passes} passes of "
             f"{batch.micro_batch}; {plan.num_steps} steps, {plan.window_length} stochastic, {plan.num_trained} trained"
         )
 
@@ -138,12 +140,8 @@ class Settings:
 def resolve(config: ml_collections.ConfigDict) -> Settings:
     """Check a config and derive what follows from it; raises ConfigError."""
     try:
-        parts = dict(
-            plan=PlanConfig(**config.plan),
-            sampler=Sampler(**config.sampler),
-            advantage=AdvantageConfig(**config.advantage),
-            objective=GRPOConfig(**config.objective),
-        )
+        plan, sampler = PlanConfig(**config.plan), Sampler(**config.sampler)
+        advantage, objective = AdvantageConfig(**config.advantage), GRPOConfig(**config.objective)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     batch = config.batch
@@ -155,22 +153,33 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     _divides("batch.updates", batch.updates, "samples an iteration (batch.prompts * batch.group)", samples)
     _divides("batch.micro_batch", batch.micro_batch, "samples an update", samples // batch.updates)
     _divides("evaluation.batch", config.evaluation.batch, "evaluation.prompts", config.evaluation.prompts)
-    if not config.rewards or sum(config.rewards.values()) <= 0:
-        raise ConfigError(f"rewards={dict(config.rewards)}: give at least one reward a positive weight")
+    choices = {"data.name": TASKS, "evaluation.solver": SOLVERS, "model.remat": REMAT, "model.codec": ("pixels",)}
+    for field, known in (choices | {"model.dtype": ("float32", "bfloat16")}).items():
+        _choice(field, _get(config, field), known)
+    for name in [*config.rewards, *config.watched]:
+        _choice("watched" if name in config.watched else f"rewards.{name}", name, REWARDS)
+    if min(config.rewards.values(), default=0) < 0 or sum(config.rewards.values()) <= 0:
+        raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
     micro_batches = samples // batch.updates // batch.micro_batch
-    passes = micro_batches * parts["plan"].num_trained
-    return Settings(config, samples=samples, micro_batches=micro_batches, passes=passes, **parts)
+    passes = micro_batches * plan.num_trained
+    return Settings(config, plan, sampler, advantage, objective, samples, micro_batches, passes)
 
 
 def _positive(config, *fields):
     for field in fields:
-        value = config
-        for name in field.split("."):
-            value = value[name]
-        if not value > 0:
-            raise ConfigError(f"{field}={value} must be positive")
+        if not _get(config, field) > 0:
+            raise ConfigError(f"{field}={_get(config, field)} must be positive")
+
+
+def _get(config, field):
+    return functools.reduce(lambda section, name: section[name], field.split("."), config)
+
+
+def _choice(field, value, known):
+    if value not in known:
+        raise ConfigError(f"{field}={value!r} is unknown; choose from {', '.join(sorted(known))}")
 
 
 def _divides(field, value, what, whole):

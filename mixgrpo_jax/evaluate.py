@@ -26,7 +26,7 @@ from mixgrpo_jax.rewards import REWARDS, score_all
 from mixgrpo_jax.runtime import checkpoint, report
 
 
-def make_draw(policy: Policy, options: Any) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+def make_draw(policy: Policy, options: Any) -> Callable[[Any, Any, jax.Array, Any], jax.Array]:
     """`draw(params, cond, key, ids) -> images`: deterministic sampling by a config's `evaluation` section, jitted.
 
     The picture of sample id [B] depends on the key and on that id alone, not on its batch.
@@ -52,7 +52,7 @@ class HeldOut:
         dataset = TASKS[config.data.name].load("test", config.data.folder)
         if self.options.prompts > len(dataset):
             raise configs.ConfigError(
-                f"evaluation.prompts={self.options.prompts}, but {config.data.name} holds {len(dataset)} out; ask for fewer"
+                f"evaluation.prompts={self.options.prompts}: {config.data.name} holds {len(dataset)} out; ask for fewer"
             )
         elements = [dataset[i] for i in range(self.options.prompts)]
         self.prompts = [element["prompt"] for element in elements]

@@ -39,14 +39,14 @@ def sample(config: Any, workdir: str | pathlib.Path, prompts: Sequence[str]) -> 
 
     folder = pathlib.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    size, images = min(config.evaluation.batch, len(prompts)), []
+    size, drawn = min(config.evaluation.batch, len(prompts)), []
     for start in tqdm(range(0, len(prompts), size), "sample"):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
         cond = features(params["text_encoder"], policy.tokenize([prompts[i] for i in index]))
-        images.append(np.asarray(draw(trained, cond, jax.random.key(config.seed), index)))
-    images = np.concatenate(images)[: len(prompts)]
-    for index, image in enumerate(images):
-        report.save_png(folder / f"{index:03}.png", image)
+        drawn.append(np.asarray(draw(trained, cond, jax.random.key(config.seed), index)))
+    images = np.concatenate(drawn)[: len(prompts)]
+    for number, image in enumerate(images):
+        report.save_png(folder / f"{number:03}.png", image)
     report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
     return images
 

@@ -2,8 +2,8 @@
 
     python -m mixgrpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`. A run that was stopped goes on where its last
-checkpoint is. In workdir: metrics.jsonl (a line an iteration), checkpoints/, before_after.png and rewards.png.
+Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`. A run that was stopped goes on where its
+last checkpoint is. In workdir: metrics.jsonl (a line an iteration), checkpoints/, before_after.png and rewards.png.
 """
 
 import functools
@@ -32,7 +32,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards import REWARDS, score_all
 from mixgrpo_jax.rl import objectives
 from mixgrpo_jax.rl.advantages import advantages
-from mixgrpo_jax.rl.update import init_state, make_update
+from mixgrpo_jax.rl.update import TrainState, init_state, make_update
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime import metrics, report
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -131,11 +131,11 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
 class Programs(NamedTuple):
     """The compiled programs of a run."""
 
-    init: Callable
-    features: Callable
-    rollout: Callable
-    update: Callable
-    reference: Callable
+    init: Callable[..., TrainState]
+    features: Any  # jitted
+    rollout: Any  # jitted
+    update: Any  # jitted
+    reference: Callable[[Any], Any]
 
     def compilations(self) -> int:
         """Versions of the rollout and of the update compiled so far: two, if nothing moved that should be data."""
@@ -148,11 +148,12 @@ def make_programs(
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
     config = settings.config
     num_prompts, group, shared = config.batch.prompts, config.batch.group, config.batch.shared_noise
-    whole = meshes.replicated(mesh)
-    by_sample = functools.partial(meshes.batch_sharding, mesh, settings.samples)
-    rows = Rows(by_sample(axis=1), by_sample(axis=1), by_sample(axis=1), whole, whole)
+    whole: Any = meshes.replicated(mesh)
+    by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
+    by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
+    rows = Rows(by_row, by_row, by_row, whole, whole)
 
-    @functools.partial(jax.jit, out_shardings=(Rollout(by_sample(), rows, whole), by_sample()))
+    @functools.partial(jax.jit, out_shardings=(Rollout(by_sample, rows, whole), by_sample))
     def run_rollout(params, plan, cond, key) -> tuple[Rollout, Array]:
         noise_key, step_key = jax.random.split(key)
         repeats = 1 if shared else group

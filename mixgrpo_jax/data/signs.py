@@ -126,7 +126,7 @@ def sample_signs(split: str, count: int, seed: int = 0) -> list[Sign]:
 
 
 def _pick(rng: np.random.Generator, options: Sequence):
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -202,7 +202,7 @@ def _build(data_dir: Path, config: str | SignsConfig) -> Signs:
 def _element(example: dict) -> dict:
     prompt, number, plate, digits = (example[k].decode() for k in ("prompt", "number", "plate", "digits"))
     metadata = {"number": number, "plate": plate, "digits": digits}
-    metadata |= {"plate_rgb": np.uint8(PALETTE[plate]), "digits_rgb": np.uint8(PALETTE[digits])}
+    metadata |= {"plate_rgb": np.array(PALETTE[plate], np.uint8), "digits_rgb": np.array(PALETTE[digits], np.uint8)}
     return {"image": example["image"], "prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
 
 

@@ -31,7 +31,7 @@ class Sampler:
     kernel: str = "flow"
     eta: float = 0.7
     solver: str = "euler"
-    log_prob: str = "density"
+    log_prob: kernels.LogProb = "density"
     reference_exact: bool = False
 
     def __post_init__(self):
@@ -102,8 +102,8 @@ def rollout(
 ) -> Rollout:
     """Integrate from noise to data; the plan's window is stochastic.
 
-    The prefix is deterministic, so samples of one noise and one prompt are one sample until the window: it runs once for
-    each of the P rows of `noise`, which then branch into `group_size` samples each. Where every sample has its own
+    The prefix is deterministic, so samples of one noise and one prompt are one sample until the window: it runs once
+    for each of the P rows of `noise`, which then branch into `group_size` samples each. Where every sample has its own
     noise, `noise` and `cond` hold all of them and `group_size` is 1.
 
     Args:

@@ -6,13 +6,15 @@ precision (norm statistics, rotary angles, time embeddings) is computed in fp32 
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-ATTENTION_BACKENDS = ("xla", "cudnn")
+Backend = Literal["xla", "cudnn"]
+ATTENTION_BACKENDS = get_args(Backend)
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 LECUN = jax.nn.initializers.lecun_normal()
@@ -87,7 +89,7 @@ def attention(
     *,
     bias: jax.Array | None = None,
     scale: float | None = None,
-    backend: str = "xla",
+    backend: Backend = "xla",
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v without a mask.
 

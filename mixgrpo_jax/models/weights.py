@@ -84,7 +84,7 @@ def load(
 def export(table: Sequence[Rule], params: Params) -> dict[str, np.ndarray]:
     """Released tensors from parameters, the inverse of `load`: contiguous host arrays by name, in the params' dtype."""
     leaves = traverse_util.flatten_dict(params, sep="/")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, rule in _rules(table, leaves).items():
         array = np.asarray(leaves[path])
         rows = array if rule.stacked else [array]

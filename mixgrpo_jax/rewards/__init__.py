@@ -9,7 +9,7 @@ import numpy as np
 
 from mixgrpo_jax.rewards import colour, ocr
 
-Images = np.ndarray | jax.Array
+Images = np.ndarray | jax.Array  # uint8 [B, H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np
     """
     del prompts
     read_right = [text == m["number"] for text, m in zip(ocr.read(images), metadata, strict=True)]
-    return np.float32(colour.named_right(images, metadata) & np.array(read_right))
+    return (colour.named_right(images, metadata) & np.array(read_right)).astype(np.float32)
 
 
 def score_all(

@@ -12,7 +12,9 @@ DIGIT_SHARE = 0.02  # share of pixels that even the thinnest number, "1", covers
 
 
 @jax.jit
-def colour_score(images: jax.Array, plate_rgb: jax.Array, digits_rgb: jax.Array) -> jax.Array:
+def colour_score(
+    images: jax.typing.ArrayLike, plate_rgb: jax.typing.ArrayLike, digits_rgb: jax.typing.ArrayLike
+) -> jax.Array:
     """How near a picture's colours are to the ones asked for, float32 [B] in [0, 1]: ring * presence * purity.
 
     With k(d) = exp(-(d / 0.25)^2) for a distance d in the RGB unit cube,
@@ -44,7 +46,7 @@ def colour_score(images: jax.Array, plate_rgb: jax.Array, digits_rgb: jax.Array)
 
 
 @jax.jit
-def nearest_colours(images: jax.Array, palette: jax.Array) -> tuple[jax.Array, jax.Array]:
+def nearest_colours(images: jax.typing.ArrayLike, palette: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Which colours of a palette the plate and the digits have, whatever was asked for: two of int32 [B].
 
     The plate's colour is the median of the outermost pixels; the digits' is the median of the 2% of pixels that are
@@ -63,13 +65,13 @@ def nearest_colours(images: jax.Array, palette: jax.Array) -> tuple[jax.Array, j
     return nearest[0], nearest[1]
 
 
-def score(images: jax.Array, prompts: list[str], metadata: list[dict]) -> jax.Array:
+def score(images: jax.Array | np.ndarray, prompts: list[str], metadata: list[dict]) -> jax.Array:
     """`colour_score` for the colours in `metadata["plate_rgb"]` and `metadata["digits_rgb"]`, float32 [B]."""
     del prompts
     return colour_score(images, _column(metadata, "plate_rgb"), _column(metadata, "digits_rgb"))
 
 
-def named_right(images: jax.Array, metadata: list[dict]) -> np.ndarray:
+def named_right(images: jax.Array | np.ndarray, metadata: list[dict]) -> np.ndarray:
     """Whether plate and digits are, of the colours in `metadata["palette"]`, nearest to those asked for; bool [B]."""
     palette = _column(metadata, "palette")
     found = np.stack(nearest_colours(images, palette), -1)  # [B, 2]
@@ -81,7 +83,7 @@ def _column(metadata: list[dict], name: str) -> np.ndarray:
     return np.stack([m[name] for m in metadata])
 
 
-def _unit(colours: jax.Array) -> jax.Array:
+def _unit(colours: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(colours, jnp.float32) / 255
 
 

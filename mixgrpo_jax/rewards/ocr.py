@@ -8,6 +8,7 @@ import importlib.util
 import unicodedata
 from pathlib import Path
 
+import jax
 import numpy as np
 import onnxruntime
 from PIL import Image
@@ -25,7 +26,7 @@ def network() -> tuple[onnxruntime.InferenceSession, list[str]]:
         ImportError: if rapidocr-onnxruntime is not installed.
     """
     package = importlib.util.find_spec("rapidocr_onnxruntime")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise ImportError(
             "the ocr reward reads PP-OCRv4's weights from rapidocr-onnxruntime, which is not installed: "
             "pip install rapidocr-onnxruntime"
@@ -36,7 +37,7 @@ def network() -> tuple[onnxruntime.InferenceSession, list[str]]:
     return session, ["", *characters, " "]
 
 
-def read(images: np.ndarray) -> list[str]:
+def read(images: np.ndarray | jax.Array) -> list[str]:
     """The text in each image, uint8 [B, H, W, 3], in lower case and without spaces; "" where none is seen.
 
     Unicode's full-width and other compatibility forms are folded into the plain ones (NFKC): the network knows two
@@ -60,7 +61,7 @@ def _read(data: bytes, shape: tuple[int, ...]) -> tuple[str, ...]:
 def _preprocess(images: np.ndarray) -> np.ndarray:
     """Images of height 48 at the same aspect ratio, float32 [B, 3, 48, W'] in [-1, 1]."""
     size = (round(images.shape[2] * HEIGHT / images.shape[1]), HEIGHT)
-    resized = np.stack([Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in images])
+    resized = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in images])
     return np.ascontiguousarray(resized.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1
 
 
@@ -84,7 +85,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray:
     """1 - min(d, n) / n, with d the edit distance of the text read to `metadata["number"]`, of length n; float32 [B].
 
     The distance is exact. Text that merely contains the number is not right: 14270 is another number than 4270.

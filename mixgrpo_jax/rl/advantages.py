@@ -61,9 +61,10 @@ def advantages(
     share = {name: weight / total for name, weight in weights.items()}
     rewards = {name: np.asarray(scores[name], np.float64) for name in weights}
     if config.combine == "rewards":
-        result = normalise(sum(share[name] * rewards[name] for name in share), group_id, config)
+        mixed = np.sum([share[name] * rewards[name] for name in share], axis=0)
+        result = normalise(mixed, group_id, config)
     else:
-        result = sum(share[name] * normalise(rewards[name], group_id, config) for name in share)
+        result = np.sum([share[name] * normalise(rewards[name], group_id, config) for name in share], axis=0)
     return np.clip(result, -config.clip, config.clip).astype(np.float32)
 
 

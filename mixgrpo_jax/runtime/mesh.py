@@ -35,8 +35,8 @@ def path_name(path: tuple) -> str:
 def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf, by the first rule whose regex is found in the leaf's path.
 
-    Optimiser states and averages repeat the parameters' paths, so the same rules place them. A dimension that its axes do
-    not divide is left whole; a leaf that no rule matches is replicated.
+    Optimiser states and averages repeat the parameters' paths, so the same rules place them. A dimension that its axes
+    do not divide is left whole; a leaf that no rule matches is replicated.
     """
 
     def place(path, leaf):

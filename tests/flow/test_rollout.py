@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import jax
@@ -133,7 +134,7 @@ def test_integrate_by_hand(toy):
     sigmas = schedules.shifted_sigmas(5, 3.0)
     result = integrate(velocity, params, sigmas, np.full(5, 2, np.int32), x, cond, solver="dpm_heun")
     history = solvers.empty_history(x)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         v = velocity(params, x, sigma, cond)
         history, x = solvers.dpm_solver(history, x, v, sigma, sigma_next, 2, variant="heun")
     np.testing.assert_allclose(result, x, atol=1e-5)

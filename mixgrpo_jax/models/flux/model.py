@@ -60,7 +60,7 @@ def flux1_schnell() -> FluxConfig:
 
 def flux_small(**overrides) -> FluxConfig:
     """A width-128 model of the same architecture, for tests and for training from scratch on small images."""
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         in_channels=96,
         num_layers=2,
         num_single_layers=2,
@@ -216,7 +216,7 @@ def apply(
     *,
     dtype: jnp.dtype = jnp.float32,
     remat: str = "none",
-    attention: str = "xla",
+    attention: layers.Backend = "xla",
 ) -> jax.Array:
     """Velocity v(x, sigma, text) of packed latents.
 

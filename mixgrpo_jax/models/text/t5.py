@@ -61,7 +61,7 @@ def t5_xxl() -> T5Config:
 
 def t5_tiny(**overrides) -> T5Config:
     """A two-layer encoder for tests and for training from scratch on a small vocabulary."""
-    sizes = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
+    sizes: dict[str, Any] = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
     return T5Config(**(sizes | overrides))
 
 
@@ -97,7 +97,7 @@ class _Encoder(nnx.Module):
         table = (config.relative_attention_num_buckets, config.num_heads)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)))
-        self.relative_bias = nnx.Param(normal(config.d_model**-0.5)(rngs.params(), table, jnp.float32))
+        self.relative_bias = nnx.Param(normal(1.0)(rngs.params(), table, jnp.float32))
         self.blocks = jax.vmap(lambda key: _Block(config, rngs=nnx.Rngs(key)))(keys)
         self.final_norm = RMSNorm(config.d_model)
 
