@@ -16,6 +16,7 @@ setup(
     description="MixGRPO for flow-matching transformers, in JAX and Flax",
     license="Apache-2.0",
     packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
+    package_data={"mixgrpo_jax": ["assets/**/*"]},
     python_requires=">=3.11",
     install_requires=[
         *JAX,

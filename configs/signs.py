@@ -17,6 +17,7 @@ def get_config():
     config.plan.length = 3
     config.plan.iterations_per_window = 12
     config.optimizer.learning_rate = 5e-5
+    config.optimizer.ema_decay = 0.95
     config.objective.clip_low = config.objective.clip_high = 1e-3
     config.pretrain.steps = 3000
     config.pretrain.evaluate_every = 100

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -122,6 +122,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
 
 
 def main(_):  # noqa: D103
+    logging.set_verbosity(logging.WARNING)
     evaluate(_CONFIG.value, _WORKDIR.value)
 
 

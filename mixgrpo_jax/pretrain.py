@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 from jax import Array
 from ml_collections import config_flags
 from tqdm import trange
@@ -109,6 +109,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
 
 
 def main(_):  # noqa: D103
+    logging.set_verbosity(logging.WARNING)
     pretrain(_CONFIG.value, _WORKDIR.value)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -52,6 +52,7 @@ def sample(config: Any, workdir: str | pathlib.Path, prompts: Sequence[str]) -> 
 
 
 def main(_):  # noqa: D103
+    logging.set_verbosity(logging.WARNING)
     sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value)
 
 

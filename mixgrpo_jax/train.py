@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 from clu import parameter_overview
 from jax import Array
 from ml_collections import config_flags
@@ -28,11 +28,10 @@ from mixgrpo_jax.evaluate import HeldOut, table
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards import REWARDS, score_all
 from mixgrpo_jax.rl import objectives
 from mixgrpo_jax.rl.advantages import advantages
-from mixgrpo_jax.rl.update import TrainState, init_state, make_update
+from mixgrpo_jax.rl.update import init_state, make_update
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime import metrics, report
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -57,7 +56,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     print(parameter_overview.get_parameter_overview(params["transformer"], include_stats=False))
     print(settings.arithmetic())
     optimiser = make_optimiser(config.optimizer)
-    programs = make_programs(settings, policy, policies.make(parts, config.model, remat="none"), optimiser, mesh)
+    programs = make_programs(settings, parts, params["transformer"], optimiser, mesh)
     held_out = HeldOut(config, policy)
 
     # Resume, or start; the window, and with it the whole host state, is in the checkpoint.
@@ -67,11 +66,14 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
         state, host = checkpoints.restore(state)
         window = plans.WindowState(**host["window"])
     writer = metrics.MetricWriter(workdir, resume_at=window.iteration)
-    before = held_out.draw(params["transformer"], params["text_encoder"])
-    scores = held_out.score(before)
+
+    def assess(state):
+        images = held_out.draw(state.ema if config.evaluation.ema else state.params, params["text_encoder"])
+        return images, held_out.score(images)
+
+    (before, scores_before), after = assess(programs.init(params["transformer"])), None
     if window.iteration == 0:
-        writer.write(0, metrics.means("held_out", scores))
-    report_before = table(scores, held_out.groups)
+        writer.write(0, metrics.means("held_out", scores_before))
 
     progress = tqdm(range(window.iteration, config.iterations), "train", config.iterations, initial=window.iteration)
     for iteration in progress:
@@ -107,12 +109,10 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
             | {"compilations": programs.compilations()}
         )
         done = iteration + 1
-        if done == config.iterations or (config.evaluation.every and done % config.evaluation.every == 0):
+        if (config.evaluation.every and done % config.evaluation.every == 0) or done == config.iterations:
             with timer("evaluation"):
-                chosen = state.ema if config.evaluation.ema else state.params
-                after = held_out.draw(chosen, params["text_encoder"])
-                held_out_scores = held_out.score(after)
-            line |= metrics.means("held_out", held_out_scores)
+                after, scores_after = assess(state)
+            line |= metrics.means("held_out", scores_after)
         with timer("checkpoint"):
             checkpoints.save(done, state, {"window": window._asdict()}, force=done == config.iterations)
         line |= timer.metrics() | metrics.throughput(line, timer, settings.samples, policy.flops, mesh.size)
@@ -121,17 +121,19 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     progress.close()
     checkpoints.close()
 
-    print(f"before\n{report_before}\nafter\n{table(held_out_scores, held_out.groups)}")
+    if after is None:  # the run was finished before
+        after, scores_after = assess(state)
+    print(f"before\n{table(scores_before, held_out.groups)}\nafter\n{table(scores_after, held_out.groups)}")
     pictures = {"before": before[:24], "after": after[:24]}
     report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
     report.curve(workdir)
-    return held_out_scores
+    return scores_after
 
 
 class Programs(NamedTuple):
     """The compiled programs of a run."""
 
-    init: Callable[..., TrainState]
+    init: Any  # jitted
     features: Any  # jitted
     rollout: Any  # jitted
     update: Any  # jitted
@@ -143,9 +145,11 @@ class Programs(NamedTuple):
 
 
 def make_programs(
-    settings: Settings, policy: Policy, sampler_policy: Policy, optimiser: optax.GradientTransformation, mesh: Any
+    settings: Settings, parts: policies.Parts, params: Any, optimiser: optax.GradientTransformation, mesh: Any
 ) -> Programs:
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
+    policy = policies.make(parts, settings.config.model)
+    frugal = policies.make(parts, settings.config.model, remat="none")  # a rollout keeps nothing, so recomputes nothing
     config = settings.config
     num_prompts, group, shared = config.batch.prompts, config.batch.group, config.batch.shared_noise
     whole: Any = meshes.replicated(mesh)
@@ -160,7 +164,7 @@ def make_programs(
         cond = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), cond)
         ids = jnp.arange(num_prompts * repeats)
         sampled = rollout(
-            sampler_policy.velocity,
+            frugal.velocity,
             params,
             plan,
             initial_noise(settings.sampler, noise_key, ids, policy.latent_shape),
@@ -181,16 +185,14 @@ def make_programs(
         ema_decay=config.optimizer.ema_decay,
     )
 
-    def init(params):
-        state = jax.eval_shape(functools.partial(init_state, optimiser=optimiser), params)
-        place = meshes.shardings(state, policies.RULES, mesh)
-        return jax.jit(functools.partial(init_state, optimiser=optimiser), out_shardings=place)(params)
-
+    fresh = functools.partial(init_state, optimiser=optimiser)
+    place = meshes.shardings(jax.eval_shape(fresh, params), policies.RULES, mesh)
     return Programs(
-        init=init,
+        init=jax.jit(fresh, out_shardings=place),
         features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, num_prompts)),
         rollout=run_rollout,
-        update=jax.jit(update, donate_argnums=(0,)),
+        # The state must leave as it came: in another layout, it would compile both programs again.
+        update=jax.jit(update, donate_argnums=(0,), out_shardings=(place, whole)),
         reference=lambda params: params["transformer"] if settings.objective.kl_reference else None,
     )
 
@@ -228,6 +230,7 @@ def summarise(learned: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def main(_):  # noqa: D103
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     train(_CONFIG.value, _WORKDIR.value)
 
 
