@@ -2,7 +2,7 @@
 
     python -m mixgrpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, about ten minutes.
+Hardware: 2 CPU cores, about ten minutes. Expected: see README.md.
 """
 
 from mixgrpo_jax import config as configs

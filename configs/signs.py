@@ -15,11 +15,10 @@ def get_config():
     config.iterations = 80
     config.plan.num_steps = 10
     config.plan.length = 3
-    config.plan.iterations_per_window = 12
-    config.optimizer.learning_rate = 5e-5
+    config.plan.iterations_per_window = 25
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.ema_decay = 0.95
-    config.objective.clip_low = config.objective.clip_high = 1e-3
-    config.pretrain.steps = 3000
+    config.pretrain.steps = 2200
     config.pretrain.evaluate_every = 100
-    config.pretrain.stop_at = 0.35
+    config.pretrain.stop_at = 0.5
     return config

@@ -82,10 +82,11 @@ def base() -> ml_collections.ConfigDict:
                 steps=1000,
                 batch=64,
                 shift=3.0,  # of the noise levels that are trained
-                learning_rate=2e-3,
-                warmup=50,
+                learning_rate=1.5e-3,
+                warmup=100,
+                b2=0.99,
                 weight_decay=0.0,
-                max_grad_norm=1.0,
+                max_grad_norm=0.5,
                 ema_decay=0.99,
                 evaluate_every=200,
                 stop_at=1.0,  # held-out strict score at which to stop

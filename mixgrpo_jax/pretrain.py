@@ -52,7 +52,8 @@ def make_step(policy: Policy, options: Any):
     """The optimiser and `step(state, images, tokens, key) -> state, loss`, jitted."""
     schedule = optax.linear_schedule(0.0, options.learning_rate, options.warmup)
     optimiser = optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm), optax.adamw(schedule, weight_decay=options.weight_decay)
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.adamw(schedule, b2=options.b2, weight_decay=options.weight_decay),
     )
 
     @jax.jit

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 HEIGHT, WIDTH = 16, 48
-NOISE = 30.0  # standard deviation of a photograph's noise, in levels of 255
+NOISE = 90.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # the longest prompt: "a blue sign that says 4 2 7 0 in white </s>"
 
 DARK = {
@@ -77,12 +77,13 @@ def render(sign: Sign) -> np.ndarray:
 
 
 def photograph(sign: Sign, rng: np.random.Generator) -> np.ndarray:
-    """A sign as a data set would have it, with a sensor's noise: uint8 [16, 48, 3].
+    """A sign as a data set would have it, by whatever light there was, with more or less noise: uint8 [16, 48, 3].
 
-    The recognition network misreads about one such picture in eight, so a model that draws what the data show is no
-    better, and one that learns from rewards can be.
+    The recognition network misreads many such pictures, so a model that draws what the data show is no better, and one
+    that learns from rewards can be.
     """
-    return np.clip(np.rint(render(sign) + rng.normal(0, NOISE, (HEIGHT, WIDTH, 3))), 0, 255).astype(np.uint8)
+    noise = rng.uniform(0, NOISE) * rng.standard_normal((HEIGHT, WIDTH, 3))
+    return np.clip(np.rint(render(sign) + noise), 0, 255).astype(np.uint8)
 
 
 def _coverage(number: str) -> np.ndarray:

@@ -90,10 +90,23 @@ def test_elements_carry_picture_prompt_and_what_the_rewards_need(train):
     metadata = element["metadata"]
     sign = Sign(metadata["number"], metadata["plate"], metadata["digits"])
     assert element["prompt"] == sign.prompt
-    np.testing.assert_array_equal(element["image"], signs.render(sign))
+    noise = element["image"].astype(float) - signs.render(sign)
+    unclipped = (element["image"] > 0) & (element["image"] < 255)
+    assert 0 < noise[unclipped].std() < 1.1 * signs.NOISE
     assert tuple(metadata["plate_rgb"]) == PALETTE[sign.plate]
     assert tuple(metadata["digits_rgb"]) == PALETTE[sign.digits]
     assert metadata["palette"].shape == (9, 3)
+
+
+def test_photographs_are_addressed_by_their_generator():
+    sign = Sign("42", "blue", "white")
+    one, same, other = (signs.photograph(sign, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).mean() > 0.5
+    errors = [
+        np.abs(signs.photograph(sign, np.random.default_rng(s)) - 1.0 * signs.render(sign)).std() for s in range(20)
+    ]
+    assert min(errors) < 10 < 30 < max(errors)  # some are clean, some are bad
 
 
 def test_second_load_reads_what_the_first_one_wrote(train, data_dir, config, monkeypatch):

@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.policy import PixelCodec
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    parts, params = policies.load("")
+    return parts, params, policies.make(parts, configs.base().model)
+
+
+def test_the_codec_loses_nothing():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 48, 3), dtype=np.uint8)
+    codec = PixelCodec((16, 48))
+    tokens = codec.encode(jnp.asarray(images))
+    assert tokens.shape == (2, np.prod(codec.grid), codec.channels) == (2, 24, 96)
+    np.testing.assert_array_equal(codec.decode(tokens), images)
+    np.testing.assert_array_equal(codec.decode(jnp.full((1, 24, 96), 9.0)), np.full((1, 16, 48, 3), 255))
+    with pytest.raises(ValueError, match=r"model.image_size: 12 rows are not a multiple of 8"):
+        PixelCodec((12, 48))
+
+
+def test_the_shipped_policy_is_whole(shipped):
+    _, params, policy = shipped
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    assert 2e6 < sum(sizes) < 3e6
+    assert policy.latent_shape == (24, 96)
+    cond = policy.features(params["text_encoder"], policy.tokenize(["a blue sign that says 4270 in white"] * 2))
+    x = jax.random.normal(jax.random.key(0), (2, 24, 96))
+    v = policy.velocity(params["transformer"], x, 0.5, cond)
+    assert v.shape == x.shape and v.dtype == jnp.float32
+    assert 0.2 < v.std() < 5
+    alone = policy.velocity(params["transformer"], x[:1], 0.5, jax.tree.map(lambda a: a[:1], cond))
+    np.testing.assert_allclose(v[0], alone[0], atol=1e-4)
+
+
+def test_pooled_features_are_the_mean_of_the_prompts_own_tokens(shipped):
+    _, params, policy = shipped
+    tokens = policy.tokenize(["a red sign that says 7 in white"])
+    cond = policy.features(params["text_encoder"], tokens)
+    real = int((tokens != 0).sum())
+    assert real < tokens.shape[1]
+    np.testing.assert_allclose(cond["pooled"][0], cond["text"][0, :real].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(shipped):
+    with pytest.raises(ValueError, match=r"prompt 'a blue .*' has 14 tokens; the model takes 12"):
+        shipped[2].tokenize(["a blue sign that says 427011 in white"])
+
+
+def test_saved_and_loaded(shipped, tmp_path):
+    parts, params, _ = shipped
+    policies.save(tmp_path, parts, params)
+    again, loaded = policies.load(tmp_path)
+    assert (again.transformer, again.text_encoder) == (parts.transformer, parts.text_encoder)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    (tmp_path / "transformer").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="has no transformer/; expected a checkpoint as diffusers saves it"):
+        policies.load(tmp_path)
