@@ -15,8 +15,9 @@ def get_config():
     config.iterations = 80
     config.plan.num_steps = 10
     config.plan.length = 3
-    config.plan.iterations_per_window = 25
-    config.optimizer.learning_rate = 1e-4
+    config.plan.iterations_per_window = 40
+    config.optimizer.learning_rate = 5e-5
+    config.rewards.ocr = 2.0
     config.optimizer.ema_decay = 0.95
     config.pretrain.steps = 2200
     config.pretrain.evaluate_every = 100
