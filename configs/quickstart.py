@@ -2,7 +2,8 @@
 
     python -m mixgrpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, about ten minutes. Expected: see README.md.
+Hardware: 2 CPU cores, about ten minutes. Starts at a held-out strict score of 0.586. Seen so far: 0.738 after 20
+iterations at twice this learning rate, which does not last; what all 80 reach at this one is to be measured.
 """
 
 from mixgrpo_jax import config as configs
