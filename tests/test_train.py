@@ -98,7 +98,10 @@ def test_evaluate_and_sample_read_the_checkpoint(straight):
     assert (workdir / "samples" / "001.png").is_file()
 
 
-@pytest.mark.parametrize("recipe", ["mixgrpo_flash", "mixgrpo_flash_star", "flow_grpo", "dancegrpo", "mixgrpo_cps"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mixgrpo_flash_star", "dancegrpo", "mixgrpo_cps")]
+
+
+@pytest.mark.parametrize("recipe", ["mixgrpo_flash", "flow_grpo", *SLOW])
 def test_recipes_train(recipe, tmp_path):
     config = tiny(recipe, iterations=2)
     if recipe == "flow_grpo":
