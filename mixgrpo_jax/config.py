@@ -18,6 +18,8 @@ from mixgrpo_jax.flow.plans import PlanConfig
 from mixgrpo_jax.flow.rollout import Sampler
 from mixgrpo_jax.flow.solvers import SOLVERS
 from mixgrpo_jax.models.flux.model import REMAT
+from mixgrpo_jax.models.layers import ATTENTION_BACKENDS
+from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rewards import REWARDS
 from mixgrpo_jax.rl.advantages import AdvantageConfig
 from mixgrpo_jax.rl.objectives import GRPOConfig
@@ -35,13 +37,18 @@ def base() -> ml_collections.ConfigDict:
             iterations=300,
             model=dict(
                 folder="",  # a checkpoint in diffusers' layout; "" is the one that ships with the package
-                codec="pixels",  # how latents become pictures
+                transformer="",  # another folder for the transformer alone: diffusers' layout, or converted
                 image_size=(16, 48),  # rows, columns
+                text_length=12,  # T5 tokens of a prompt, padding included
                 guidance=3.5,  # the embedded guidance scale that the transformer is told
                 dtype="float32",  # of the matrix products; master weights are fp32
                 remat="none",  # what the update recomputes: "none", "block"
+                attention="xla",  # the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU
+                lora=_fields(LoraConfig),  # rank 0 trains all parameters
             ),
-            data=dict(name="signs", folder=""),  # "" is ~/.cache/mixgrpo_jax
+            data=dict(
+                name="signs", folder=""
+            ),  # "features": what `encode` wrote to the folder; "": ~/.cache/mixgrpo_jax
             mesh=dict(data=-1, fsdp=1, tensor=1),  # devices by axis; -1 takes what is left
             batch=dict(
                 prompts=8,  # an iteration
@@ -71,9 +78,10 @@ def base() -> ml_collections.ConfigDict:
                 prompts=256,  # held-out prompts
                 batch=64,
                 num_steps=20,
-                shift=3.0,
+                shift=3.0,  # 0 takes the one that FLUX derives from the image's size
                 solver="euler",
                 solver_order=1,
+                trained_steps=ml_collections.config_dict.placeholder(int),  # the base takes the steps after them
                 ema=True,
                 every=0,  # iterations between evaluations during training; 0 is before and after only
             ),
@@ -124,8 +132,8 @@ class Settings:
     sampler: Sampler
     advantage: AdvantageConfig
     objective: GRPOConfig
+    lora: LoraConfig
     samples: int  # an iteration
-    micro_batches: int  # an update
     passes: int  # forward and backward passes an update
 
     def arithmetic(self) -> str:
@@ -143,6 +151,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     try:
         plan, sampler = PlanConfig(**config.plan), Sampler(**config.sampler)
         advantage, objective = AdvantageConfig(**config.advantage), GRPOConfig(**config.objective)
+        lora = LoraConfig(**config.model.lora)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     batch = config.batch
@@ -154,8 +163,9 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     _divides("batch.updates", batch.updates, "samples an iteration (batch.prompts * batch.group)", samples)
     _divides("batch.micro_batch", batch.micro_batch, "samples an update", samples // batch.updates)
     _divides("evaluation.batch", config.evaluation.batch, "evaluation.prompts", config.evaluation.prompts)
-    choices = {"data.name": TASKS, "evaluation.solver": SOLVERS, "model.remat": REMAT, "model.codec": ("pixels",)}
-    for field, known in (choices | {"model.dtype": ("float32", "bfloat16")}).items():
+    choices = {"data.name": TASKS, "evaluation.solver": SOLVERS, "model.remat": REMAT}
+    choices |= {"model.dtype": ("float32", "bfloat16"), "model.attention": ATTENTION_BACKENDS}
+    for field, known in choices.items():
         _choice(field, _get(config, field), known)
     for name in [*config.rewards, *config.watched]:
         _choice("watched" if name in config.watched else f"rewards.{name}", name, REWARDS)
@@ -163,9 +173,14 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
-    micro_batches = samples // batch.updates // batch.micro_batch
-    passes = micro_batches * plan.num_trained
-    return Settings(config, plan, sampler, advantage, objective, samples, micro_batches, passes)
+    trained_steps = config.evaluation.trained_steps
+    if trained_steps is not None and not 0 <= trained_steps <= config.evaluation.num_steps:
+        raise ConfigError(
+            f"evaluation.trained_steps={trained_steps} is not in 0..{config.evaluation.num_steps} "
+            "(evaluation.num_steps); None lets the trained policy take all"
+        )
+    passes = samples // batch.updates // batch.micro_batch * plan.num_trained
+    return Settings(config, plan, sampler, advantage, objective, lora, samples, passes)
 
 
 def _positive(config, *fields):

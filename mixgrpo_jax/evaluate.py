@@ -8,76 +8,124 @@ parameters, `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_ste
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.config import Settings
 from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Parts, Policy, Trainable
 from mixgrpo_jax.rewards import REWARDS, score_all
 from mixgrpo_jax.runtime import checkpoint, report
+from mixgrpo_jax.runtime import mesh as meshes
 
 
-def make_draw(policy: Policy, options: Any) -> Callable[[Any, Any, jax.Array, Any], jax.Array]:
-    """`draw(params, cond, key, ids) -> images`: deterministic sampling by a config's `evaluation` section, jitted.
+def load_policy(settings: Settings, mesh: Any, master: bool = True) -> tuple[Parts, Policy, Trainable, dict[str, Any]]:
+    """A config's model on a mesh: its parts, the policy, what is trained of it, and its other parameters by part.
 
-    The picture of sample id [B] depends on the key and on that id alone, not on its batch.
+    The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in fp32, as the
+    optimiser needs them; otherwise they keep the file's dtype, as adapters' base and encoders do anyway.
     """
-    sigmas = schedules.shifted_sigmas(options.num_steps, options.shift)
+    config, options = settings.config, settings.config.model
+    parts, params = policies.load(
+        options.folder,
+        transformer=options.transformer,
+        text=config.data.name != "features",
+        dtype=jnp.float32 if master and not settings.lora.rank else None,
+        place=lambda tree: meshes.shardings(tree, policies.RULES, mesh),
+    )
+    keep_base = settings.objective.kl_reference > 0 or config.evaluation.trained_steps is not None
+    key = jax.random.key(config.seed)
+    trainable = policies.trainable(params.pop("transformer"), settings.lora, key, keep_base)
+    return parts, policies.make(parts, options), trainable, params | {"base": trainable.base}
+
+
+def make_draw(policy: Policy, options: Any, attach: Callable[[Any, Any], Any]) -> Callable[..., jax.Array]:
+    """`draw(trained, frozen, cond, noise) -> images`: deterministic sampling by a config's `evaluation` section, jitted.
+
+    With `trained_steps` K, the trained policy takes the first K steps and the base the others (hybrid inference): what
+    a picture says is decided early, what it looks like late.
+    """
+    shift = options.shift or schedules.resolution_shift(policy.latent_shape[0])
+    sigmas = schedules.shifted_sigmas(options.num_steps, shift)
     orders = solver_orders(options.solver_order, options.num_steps, options.num_steps)
+    switch = options.num_steps if options.trained_steps is None else options.trained_steps
 
     @jax.jit
-    def draw(params, cond, key, ids):
-        noise = rollout.initial_noise(rollout.Sampler(), key, ids, policy.latent_shape)
-        return policy.codec.decode(
-            rollout.integrate(policy.velocity, params, sigmas, orders, noise, cond, solver=options.solver)
-        )
+    def draw(trained, frozen, cond, noise):
+        x, base = noise, frozen["base"]
+        for params, steps in ((attach(trained, base), slice(0, switch)), (base, slice(switch, options.num_steps))):
+            if steps.start < steps.stop:
+                grid = sigmas[steps.start : steps.stop + 1]
+                x = rollout.integrate(policy.velocity, params, grid, orders[steps], x, cond, solver=options.solver)
+        return policy.decode(frozen, x)
 
     return draw
+
+
+class Assessment(NamedTuple):
+    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}."""
+
+    images: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    def save(self, path: pathlib.Path) -> None:
+        """Write both to a .npz file."""
+        np.savez_compressed(path, images=self.images, **self.scores)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Assessment":
+        """Read what `save` wrote."""
+        with np.load(path) as file:
+            scores = {name: file[name] for name in file.files}
+        return cls(scores.pop("images"), scores)
 
 
 class HeldOut:
     """The held-out prompts of a task, and how a policy is scored on them."""
 
-    def __init__(self, config: Any, policy: Policy):
+    def __init__(self, config: Any, policy: Policy, attach: Callable[[Any, Any], Any] = lambda trained, base: trained):
         self.options, self.policy = config.evaluation, policy
-        dataset = TASKS[config.data.name].load("test", config.data.folder)
+        self.task = TASKS[config.data.name]
+        dataset = self.task.load("test", config.data.folder)
         if self.options.prompts > len(dataset):
             raise configs.ConfigError(
                 f"evaluation.prompts={self.options.prompts}: {config.data.name} holds {len(dataset)} out; ask for fewer"
             )
-        elements = [dataset[i] for i in range(self.options.prompts)]
-        self.prompts = [element["prompt"] for element in elements]
-        self.metadata = [element["metadata"] for element in elements]
-        self.groups = [TASKS[config.data.name].groups(metadata) for metadata in self.metadata]
+        self.elements = [dataset[i] for i in range(self.options.prompts)]
+        self.prompts = [element["prompt"] for element in self.elements]
+        self.metadata = [element["metadata"] for element in self.elements]
+        self.groups = [self.task.groups(metadata) for metadata in self.metadata]
         self.rewards = [REWARDS[name]() for name in dict.fromkeys([*config.rewards, *config.watched])]
         self.key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every iteration's
-        self._draw = make_draw(policy, self.options)
+        self._draw = make_draw(policy, self.options, attach)
         self._features = jax.jit(policy.features)
 
-    def draw(self, params: Any, text_params: Any, count: int | None = None) -> np.ndarray:
-        """Pictures of the first `count` prompts (all by default), the same noise every time."""
-        prompts, size = self.prompts[:count], self.options.batch
+    def draw(self, trained: Any, frozen: Any) -> np.ndarray:
+        """Pictures of the prompts, the same noise every time: a prompt's depends on its index, not on its batch."""
+        count, size = len(self.prompts), self.options.batch
         images = []
-        for start in tqdm(range(0, len(prompts), size), desc="draw held-out", leave=False):
-            # A last, shorter batch is filled up, so that one program serves all.
-            index = np.arange(start, start + size) % len(self.prompts)
-            cond = self._features(text_params, self.policy.tokenize([self.prompts[i] for i in index]))
-            images.append(np.asarray(self._draw(params, cond, self.key, index)))
-        return np.concatenate(images)[: len(prompts)]
+        for start in tqdm(range(0, count, size), desc="draw held-out", leave=False):
+            index = np.arange(start, start + size)
+            batch = self.task.collate([self.elements[i] for i in index])
+            cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
+            noise = rollout.initial_noise(rollout.Sampler(), self.key, index, self.policy.latent_shape)
+            images.append(np.asarray(self._draw(trained, frozen, cond, noise)))
+        return np.concatenate(images)
 
-    def score(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores {name: [N]} of pictures of the first N prompts, by every reward of the config."""
-        count = len(images)
-        return score_all(self.rewards, images, self.prompts[:count], self.metadata[:count])
+    def assess(self, trained: Any, frozen: Any) -> Assessment:
+        """Pictures of the prompts and their scores by every reward of the config."""
+        images = self.draw(trained, frozen)
+        return Assessment(images, score_all(self.rewards, images, self.prompts, self.metadata))
 
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:
@@ -96,24 +144,22 @@ def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) 
     return "\n".join(lines)
 
 
-def restore(config: Any, workdir: str | pathlib.Path, params: Any) -> tuple[Any, str]:
-    """Trained parameters (EMA or raw) from the newest checkpoint of workdir, else `params`; and where from."""
+def restore(config: Any, workdir: str | pathlib.Path, trained: Any) -> tuple[Any, str]:
+    """Trained parameters (EMA or raw) from the newest checkpoint of workdir, else `trained`; and where from."""
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is None:
-        return params, config.model.folder or "the shipped checkpoint"
+        return trained, config.model.folder or "the shipped checkpoint"
     name = "ema" if config.evaluation.ema else "params"
-    return checkpoints.restore_part(name, params), f"iteration {checkpoints.latest} ({name})"
+    return checkpoints.restore_part(name, trained), f"iteration {checkpoints.latest} ({name})"
 
 
 def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores."""
-    configs.resolve(config)
-    parts, params = policies.load(config.model.folder)
-    policy = policies.make(parts, config.model, remat="none")
-    trained, source = restore(config, workdir, params["transformer"])
-    held_out = HeldOut(config, policy)
-    images = held_out.draw(trained, params["text_encoder"])
-    scores = held_out.score(images)
+    settings = configs.resolve(config)
+    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), master=False)
+    trained, source = restore(config, workdir, trainable.params)
+    held_out = HeldOut(config, policy, trainable.attach)
+    images, scores = held_out.assess(trained, frozen)
     print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
     print(table(scores, held_out.groups))
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)

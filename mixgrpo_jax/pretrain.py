@@ -30,20 +30,20 @@ from mixgrpo_jax.rl.update import TrainState, init_state
 from mixgrpo_jax.runtime import report
 
 
-def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array, tokens: Array, key: Array) -> Array:
+def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array, tokens: Any, key: Array) -> Array:
     """E |v(x_sigma, sigma, c) - (eps - x0)|^2 with x_sigma = (1 - sigma) x0 + sigma eps.
 
     sigma is logit-normal, then shifted as the sampler's grid is: what a picture says is decided at high noise.
 
     Args:
-        images: [B, H, W, 3] uint8. tokens: [B, L] int32.
+        images: [B, H, W, 3] uint8. tokens: as `policy.tokenize` gives them.
     """
-    x0 = policy.codec.encode(images)
+    x0 = policy.codec.encode(None, images)
     keys = jax.random.split(key)
     sigma = jax.nn.sigmoid(math.log(shift) + jax.random.normal(keys[0], (x0.shape[0],)))
     noise = jax.random.normal(keys[1], x0.shape)
     level = sigma[:, None, None]
-    cond = policy.features(params["text_encoder"], tokens)
+    cond = policy.features(params, tokens)
     v = policy.velocity(params["transformer"], (1 - level) * x0 + level * noise, sigma, cond)
     return jnp.square(v - (noise - x0)).mean()
 
@@ -93,8 +93,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             progress.set_postfix(loss=f"{loss:.4f}")
         if index % options.evaluate_every and index < options.steps:
             continue
-        images = held_out.draw(state.ema["transformer"], state.ema["text_encoder"])
-        scores = held_out.score(images)
+        images, scores = held_out.assess(state.ema["transformer"], state.ema | {"base": None})
         progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
         if scores["strict"].mean() >= options.stop_at:
             break

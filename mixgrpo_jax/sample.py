@@ -18,32 +18,37 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.evaluate import make_draw, restore
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.evaluate import load_policy, make_draw, restore
+from mixgrpo_jax.flow.rollout import Sampler, initial_noise
+from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime import report
 
 
-def sample(config: Any, workdir: str | pathlib.Path, prompts: Sequence[str]) -> np.ndarray:
+def sample(
+    config: Any, workdir: str | pathlib.Path, prompts: Sequence[str], noise: np.ndarray | None = None
+) -> np.ndarray:
     """Draw one picture for each prompt, write them, and return them [N, H, W, 3] uint8.
 
-    Picture n has the noise of (config.seed, n), whatever the other prompts are.
+    Picture n has the noise of (config.seed, n), whatever the other prompts are, unless `noise` [N, S, C] is given.
     """
-    configs.resolve(config)
+    settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    parts, params = policies.load(config.model.folder)
-    policy = policies.make(parts, config.model, remat="none")
-    trained, source = restore(config, workdir, params["transformer"])
-    draw, features = make_draw(policy, config.evaluation), jax.jit(policy.features)
+    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), master=False)
+    trained, source = restore(config, workdir, trainable.params)
+    draw, features = make_draw(policy, config.evaluation, trainable.attach), jax.jit(policy.features)
     print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
 
+    if noise is None:
+        key, index = jax.random.key(config.seed), np.arange(len(prompts))
+        noise = np.asarray(initial_noise(Sampler(), key, index, policy.latent_shape))
     folder = pathlib.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     size, drawn = min(config.evaluation.batch, len(prompts)), []
     for start in tqdm(range(0, len(prompts), size), "sample"):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
-        cond = features(params["text_encoder"], policy.tokenize([prompts[i] for i in index]))
-        drawn.append(np.asarray(draw(trained, cond, jax.random.key(config.seed), index)))
+        cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
+        drawn.append(np.asarray(draw(trained, frozen, cond, noise[index])))
     images = np.concatenate(drawn)[: len(prompts)]
     for number, image in enumerate(images):
         report.save_png(folder / f"{number:03}.png", image)

@@ -50,7 +50,7 @@ TEST_PAIRS = (
 TRAIN_PAIRS = tuple(
     pair for dark in DARK for light in LIGHT for pair in ((dark, light), (light, dark)) if pair not in TEST_PAIRS
 )
-LENGTH_WEIGHTS = (0.1, 0.2, 0.3, 0.4)
+LENGTH_WEIGHTS = (0.05, 0.15, 0.3, 0.5)  # there are but ten numbers of one digit, and one of them is held out
 
 _FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
 
@@ -214,10 +214,11 @@ def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapD
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")
-    return dataset.seed(seed).shuffle().repeat().batch(batch_size, batch_fn=_collate)
+    return dataset.seed(seed).shuffle().repeat().batch(batch_size, batch_fn=collate)
 
 
-def _collate(elements: list[dict]) -> dict:
+def collate(elements: list[dict]) -> dict:
+    """Elements of the data set as a batch: pictures stacked, the rest as lists."""
     columns = {key: [element[key] for element in elements] for key in elements[0]}
     return columns | {"image": np.stack(columns["image"])}
 

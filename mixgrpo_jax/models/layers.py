@@ -6,15 +6,15 @@ precision (norm statistics, rotary angles, time embeddings) is computed in fp32 
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Backend = Literal["xla", "cudnn"]
-ATTENTION_BACKENDS = get_args(Backend)
+from mixgrpo_jax.models.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
+from mixgrpo_jax.models.attention import Backend as Backend
+from mixgrpo_jax.models.attention import attention as attention
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 LECUN = jax.nn.initializers.lecun_normal()
@@ -80,27 +80,6 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    bias: jax.Array | None = None,
-    scale: float | None = None,
-    backend: Backend = "xla",
-) -> jax.Array:
-    """softmax(scale q k^T + bias) v without a mask.
-
-    q, k, v are [B, S, H, d]; bias broadcasts to [B, H, S, S]; scale defaults to 1/sqrt(d). `backend` is "xla", or
-    "cudnn" for the fused kernel of NVIDIA GPUs, which needs bf16 or fp16. Returns [B, S, H d]. Raises ValueError for
-    another backend.
-    """
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention={backend!r} is unknown: choose one of {ATTENTION_BACKENDS}")
-    y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation=backend)
-    return y.reshape(*y.shape[:2], -1)
 
 
 def sinusoid(t: jax.Array, dim: int = 256, max_period: float = 1e4) -> jax.Array:

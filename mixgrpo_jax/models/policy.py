@@ -1,9 +1,9 @@
-"""What a trainer sees of a model: a velocity, prompt features, pictures, and where parameters lie."""
+"""What a trainer sees of a model: a velocity, prompt features, pictures, what is trained, and where parameters lie."""
 
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ import transformers
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from mixgrpo_jax.models import flux
+from mixgrpo_jax.models import flux, lora, vae
+from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
 from mixgrpo_jax.models.flux import weights as flux_weights
-from mixgrpo_jax.models.text import t5
+from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.text import clip, t5
+from mixgrpo_jax.models.vae import VAEConfig
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "signs"
 
@@ -31,60 +34,21 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class PixelCodec:
-    """A latent space without a learned autoencoder: pixels in [-1, 1], folded by 4 x 2 into channels.
-
-    It stands where a VAE stands: pictures [B, H, W, 3] uint8 <-> latents [B, H/4, W/2, 24], which FLUX packs 2 x 2.
-    """
-
-    image_size: tuple[int, int]
-    fold: tuple[int, int] = (4, 2)
-
-    def __post_init__(self):
-        for size, fold, axis in zip(self.image_size, self.fold, ("rows", "columns")):
-            if size % (2 * fold):
-                raise ValueError(f"model.image_size: {size} {axis} are not a multiple of {2 * fold}; choose one")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of packed tokens."""
-        return self.image_size[0] // (2 * self.fold[0]), self.image_size[1] // (2 * self.fold[1])
-
-    @property
-    def channels(self) -> int:
-        """Channels of a packed token."""
-        return 4 * 3 * self.fold[0] * self.fold[1]
-
-    def encode(self, images: Array) -> Array:
-        """[B, H, W, 3] uint8 -> packed latents [B, S, C] fp32."""
-        b, h, w, _ = images.shape
-        (dy, dx), x = self.fold, images.astype(jnp.float32) / 127.5 - 1
-        x = x.reshape(b, h // dy, dy, w // dx, dx, 3).transpose(0, 1, 3, 5, 2, 4)
-        return flux.pack(x.reshape(b, h // dy, w // dx, 3 * dy * dx))
-
-    def decode(self, tokens: Array) -> Array:
-        """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
-        (h, w), (dy, dx) = self.image_size, self.fold
-        x = flux.unpack(tokens.astype(jnp.float32), h // dy, w // dx)
-        x = x.reshape(-1, h // dy, w // dx, 3, dy, dx).transpose(0, 1, 4, 2, 5, 3).reshape(-1, h, w, 3)
-        return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-
-@dataclass(frozen=True)
 class Policy:
-    """A model family behind four functions; parameters are passed in, never held.
+    """A model family behind a few functions; parameters are passed in, never held.
 
-    velocity: (params, x [B, S, C], sigma scalar, cond) -> v [B, S, C] fp32.
-    features: (text parameters, token ids [P, L]) -> cond, a dict of arrays with leading axis P.
-    tokenize: prompts -> ids [P, L] int32; a prompt that does not fit is refused.
-    codec: pictures <-> packed latents.
-    latent_shape: (S, C).  flops: of one velocity of one sample.
+    `params` are the folder's parts by name: "transformer", "text_encoder" (CLIP), "text_encoder_2" (T5), "vae".
+
+    velocity: (transformer parameters, x [B, S, C], sigma scalar, cond) -> v [B, S, C] fp32.
+    features: (params, tokens) -> cond, a dict of arrays with leading axis P.
+    tokenize: prompts -> tokens, a dict of ids [P, L] int32.
+    codec: pictures <-> packed latents.  flops: of one velocity of one sample.
     """
 
     velocity: Callable[[Any, Array, Array, Any], Array]
-    features: Callable[[Any, Array], dict[str, Array]]
-    tokenize: Callable[[Sequence[str]], np.ndarray]
-    codec: PixelCodec
+    features: Callable[[Any, Any], dict[str, Array]]
+    tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    codec: Codec
     flops: float
 
     @property
@@ -92,14 +56,21 @@ class Policy:
         """(tokens, channels) of a packed latent."""
         return int(np.prod(self.codec.grid)), self.codec.channels
 
+    def decode(self, params: Any, tokens: Array) -> Array:
+        """Packed latents [B, S, C] -> pictures [B, H, W, 3] uint8."""
+        return self.codec.decode(params.get("vae"), tokens)
+
 
 @dataclass(frozen=True)
 class Parts:
-    """The architecture of a FLUX-shaped policy and its tokenizer."""
+    """The architectures of a FLUX-shaped policy and its tokenizers; None for what a folder does not hold."""
 
     transformer: flux.FluxConfig
-    text_encoder: t5.T5Config
-    tokenizer: transformers.PreTrainedTokenizerBase
+    text_encoder_2: t5.T5Config | None = None
+    tokenizer_2: transformers.PreTrainedTokenizerBase | None = None
+    text_encoder: clip.CLIPTextConfig | None = None
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
+    vae: VAEConfig | None = None
 
 
 def signs_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
@@ -108,37 +79,71 @@ def signs_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
 
 
 def init(parts: Parts, key: Array) -> dict[str, Any]:
-    """Fresh parameters {"transformer": ..., "text_encoder": ...}."""
+    """Fresh parameters {"transformer": ..., "text_encoder_2": ...} of a policy without CLIP and VAE."""
     keys = jax.random.split(key)
     return {
         "transformer": flux.init(parts.transformer, keys[0]),
-        "text_encoder": t5.init(parts.text_encoder, keys[1]),
+        "text_encoder_2": t5.init(parts.text_encoder_2, keys[1]),
     }
 
 
-def load(folder: str | pathlib.Path) -> tuple[Parts, dict[str, Any]]:
-    """Read a checkpoint folder as diffusers lays it out: transformer/, text_encoder_2/ (T5), tokenizer_2/.
+def load(
+    folder: str | pathlib.Path,
+    *,
+    transformer: str = "",
+    text: bool = True,
+    dtype: Any = None,
+    place: Callable[[Any], Any] | None = None,
+) -> tuple[Parts, dict[str, Any]]:
+    """Read a checkpoint folder as diffusers lays it out.
 
-    "" is the checkpoint that ships with the package. Raises ValueError where a part is missing.
+    transformer/ is needed; text_encoder/ (CLIP), text_encoder_2/ (T5) with their tokenizers, and vae/ are read where
+    they are.
+
+    Args:
+        folder: the folder; "" is the checkpoint that ships with the package.
+        transformer: another folder to take the transformer from, of diffusers' layout or converted.
+        text: whether to read the text encoders; with cached features they are not needed.
+        dtype: of the transformer's parameters; the file's own by default.
+        place: shapes -> shardings, for parameters that go straight onto a mesh; host arrays by default.
+
+    Raises ValueError where a part is missing.
     """
     folder = pathlib.Path(folder) if folder else SHIPPED
-    for part in ("transformer", "text_encoder_2", "tokenizer_2"):
-        if not (folder / part).is_dir():
+    source = pathlib.Path(transformer) if transformer else folder / "transformer"
+    for needed in (source, *([folder / "text_encoder_2", folder / "tokenizer_2"] if text else [])):
+        if not needed.is_dir():
             raise ValueError(
-                f"model.folder={str(folder)!r} has no {part}/; expected a checkpoint as diffusers saves it"
+                f"model.folder={str(folder)!r} has no {needed.name}/; expected a checkpoint as diffusers saves it"
             )
-    transformer, params = flux_weights.load_folder(folder / "transformer")
-    text_encoder, text_params = t5.load_folder(folder / "text_encoder_2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer_2")
-    return Parts(transformer, text_encoder, tokenizer), {"transformer": params, "text_encoder": text_params}
+    configs: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    configs["transformer"], params["transformer"] = flux_weights.load_folder(source, dtype, shardings=place)
+    readers = {"text_encoder_2": t5.load_folder, "text_encoder": clip.load_folder} if text else {}
+    for name, read in (readers | {"vae": vae.load_folder}).items():
+        if (folder / name).is_dir():
+            configs[name], host = read(folder / name)
+            params[name] = host if place is None else jax.device_put(host, place(host))
+    for name in ("tokenizer", "tokenizer_2") if text else ():
+        if (folder / name).is_dir():
+            configs[name] = transformers.AutoTokenizer.from_pretrained(folder / name)
+    return Parts(**configs), params
 
 
 def save(folder: str | pathlib.Path, parts: Parts, params: dict[str, Any]) -> None:
     """Write what `load` reads, and diffusers and transformers read too."""
     folder = pathlib.Path(folder)
-    flux_weights.save_folder(folder / "transformer", parts.transformer, params["transformer"])
-    t5.save_folder(folder / "text_encoder_2", parts.text_encoder, params["text_encoder"])
-    parts.tokenizer.save_pretrained(folder / "tokenizer_2")
+    writers = {
+        "transformer": flux_weights.save_folder,
+        "text_encoder": clip.save_folder,
+        "text_encoder_2": t5.save_folder,
+        "vae": vae.save_folder,
+    }
+    for name in params:
+        writers[name](folder / name, getattr(parts, name), params[name])
+    for name in ("tokenizer", "tokenizer_2"):
+        if tokenizer := getattr(parts, name):
+            tokenizer.save_pretrained(folder / name)
 
 
 def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
@@ -147,31 +152,74 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     `remat` overrides the config's: a rollout keeps no activations, so it recomputes none. Guidance is ignored by models
     without its embedding.
     """
-    codec = PixelCodec(tuple(config.image_size))
+    size, dtype = tuple(config.image_size), jnp.dtype(config.dtype)
+    codec: Codec = VAECodec(parts.vae, size, dtype) if parts.vae else PixelCodec(size)
     if codec.channels != parts.transformer.in_channels:
         raise ValueError(
             f"the transformer takes {parts.transformer.in_channels} channels a token, the codec makes {codec.channels}"
         )
     ids = flux.image_ids(*codec.grid)
-    length, pad = parts.tokenizer.model_max_length, parts.tokenizer.pad_token_id
     guidance = config.guidance if parts.transformer.guidance_embeds else None
-    options = dict(dtype=jnp.dtype(config.dtype), remat=config.remat if remat is None else remat)
+    options = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
 
     def velocity(params, x, sigma, cond):
         return flux.apply(parts.transformer, params, x, sigma, cond["text"], cond["pooled"], guidance, ids, **options)
 
+    flops = flux.flops(parts.transformer, int(np.prod(codec.grid)), config.text_length)
+    return Policy(velocity, *text_functions(parts, config.text_length, dtype), codec, flops)
+
+
+def text_functions(parts: Parts, length: int, dtype: Any) -> tuple[Callable, Callable]:
+    """`features(params, tokens) -> cond` and `tokenize(prompts) -> tokens` with T5 prompts of `length` tokens.
+
+    cond is {"text": T5's features [P, L, D], padding included, as FLUX attends to it; "pooled": CLIP's [P, C]}. A
+    model without CLIP pools the mean over the prompt's own T5 tokens. A prompt that does not fit T5's length is
+    refused; CLIP's is cut at its 77 tokens, as FLUX's own pipeline does.
+    """
+
     def features(params, tokens):
-        text = t5.apply(parts.text_encoder, params, tokens, options["dtype"])
-        real = (tokens != pad)[..., None]
-        # A T5-only model has no CLIP to pool from: the mean over the prompt's tokens stands in its place.
+        text = t5.apply(parts.text_encoder_2, params["text_encoder_2"], tokens["t5"], dtype)
+        if parts.text_encoder:
+            return {
+                "text": text,
+                "pooled": clip.apply(parts.text_encoder, params["text_encoder"], tokens["clip"], dtype)[1],
+            }
+        real = (tokens["t5"] != parts.tokenizer_2.pad_token_id)[..., None]
         return {"text": text, "pooled": (text * real).sum(1) / real.sum(1).astype(text.dtype)}
 
     def tokenize(prompts):
-        rows = parts.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
+        rows = parts.tokenizer_2(list(prompts), padding="max_length", max_length=length)["input_ids"]
         for prompt, row in zip(prompts, rows):
             if len(row) > length:
-                raise ValueError(f"prompt {prompt!r} has {len(row)} tokens; the model takes {length}")
-        return np.asarray(rows, np.int32)
+                raise ValueError(
+                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {length}: shorten it, or raise model.text_length"
+                )
+        tokens = {"t5": np.asarray(rows, np.int32)}
+        if parts.text_encoder:
+            limit = parts.text_encoder.max_position_embeddings
+            cut = parts.tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True)
+            tokens["clip"] = np.asarray(cut["input_ids"], np.int32)
+        return tokens
 
-    flops = flux.flops(parts.transformer, int(np.prod(codec.grid)), length)
-    return Policy(velocity, features, tokenize, codec, flops)
+    return features, tokenize
+
+
+class Trainable(NamedTuple):
+    """What is trained of a transformer, what stays, and how the two make the parameters of a velocity."""
+
+    params: Any
+    base: Any
+    attach: Callable[[Any, Any], Any]
+
+
+def trainable(params: Any, config: LoraConfig, key: Array, keep_base: bool) -> Trainable:
+    """All parameters, or with a LoRA rank its adapters over the frozen base.
+
+    `keep_base` asks for the parameters before training, as a KL to the reference and hybrid sampling do: a second copy
+    of a fully trained model; with LoRA they are there at no cost.
+    """
+    if config.rank:
+        base = lora.freeze(params, config.base)
+        return Trainable(lora.init(config, params, key), base, lambda new, old: lora.attach(old, new, config.scale))
+    base = jax.tree.map(jnp.copy, params) if keep_base else None  # training takes the buffers of its own over
+    return Trainable(params, base, lambda new, old: new)

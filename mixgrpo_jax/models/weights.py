@@ -2,30 +2,62 @@
 
 A `Rule` pairs the name of a released tensor with the path of a parameter. `{i}` in the tensor's name is the index of a
 block, which is row i of the stacked parameter. The same table serves `load` and `export`.
+
+Nothing here holds a whole model unless it is asked to: parameters and tensors are `Lazy`, read where they are indexed.
 """
 
+import functools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
-from safetensors import safe_open
-from safetensors.numpy import save_file
+
+from mixgrpo_jax.models.lazy import Lazy, contiguous, copy, place
+from mixgrpo_jax.models.safetensors_io import read_safetensors, write_safetensors, write_shards
+
+__all__ = [
+    "Lazy",
+    "Params",
+    "Rule",
+    "check_shapes",
+    "export",
+    "known_fields",
+    "lazy_export",
+    "lazy_load",
+    "linear",
+    "load",
+    "place",
+    "read_config",
+    "read_safetensors",
+    "write_config",
+    "write_safetensors",
+    "write_shards",
+]
 
 Params = dict[str, Any]
+
+FLOATS = tuple(np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensor `theirs`, transposed by `axes`, is the parameter at `ours` ("a/b/c"), or its row i for each `{i}`."""
+    """Tensor `theirs`, transposed by `axes`, is the parameter at `ours` ("a/b/c"), or its row i for each `{i}`.
+
+    Where a release fuses several layers into one tensor, its rows are cut into `of` equal parts, and the parameter is
+    made of those that the slice `parts` picks, in its order. Such rules only serve to load.
+    """
 
     theirs: str
     ours: str
     axes: tuple[int, ...] | None = None
+    parts: slice | None = None
+    of: int = 1
 
     @property
     def stacked(self) -> bool:
@@ -38,17 +70,27 @@ class Rule:
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """A released tensor in our layout."""
+        if self.parts:
+            parts = tensor.reshape(self.of, -1, *tensor.shape[1:])[self.parts]
+            tensor = parts.reshape(-1, *tensor.shape[1:])
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """Inverse of `to_ours`."""
+        """Inverse of `to_ours`. Raises ValueError for a part of a fused tensor."""
+        if self.parts:
+            raise ValueError(f"{self.ours} is a part of {self.theirs}: write with a table of whole tensors")
         return array if self.axes is None else array.transpose(np.argsort(self.axes))
 
+    def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a released tensor that feeds a parameter (or its row) of this shape."""
+        theirs = tuple(shape) if self.axes is None else tuple(shape[axis] for axis in np.argsort(self.axes))
+        return (theirs[0] * self.of // len(range(self.of)[self.parts]), *theirs[1:]) if self.parts else theirs
 
-def linear(theirs: str, ours: str, *, bias: bool = True) -> list[Rule]:
+
+def linear(theirs: str, ours: str, *, bias: bool = True, **parts: Any) -> list[Rule]:
     """Rules of a linear layer: `weight` (out, in) is the transpose of `kernel` [in, out]; `bias` is `bias`."""
-    weight = Rule(f"{theirs}.weight", f"{ours}/kernel", (1, 0))
-    return [weight, Rule(f"{theirs}.bias", f"{ours}/bias")] if bias else [weight]
+    weight = Rule(f"{theirs}.weight", f"{ours}/kernel", (1, 0), **parts)
+    return [weight, Rule(f"{theirs}.bias", f"{ours}/bias", **parts)] if bias else [weight]
 
 
 def load(
@@ -58,6 +100,7 @@ def load(
     *,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    shardings: Any = None,
 ) -> Params:
     """Parameters from released tensors.
 
@@ -67,29 +110,75 @@ def load(
       tensors: released tensors by name.
       dtype: dtype of the result; the tensors' own by default.
       ignore: names of tensors that may be there and are not read.
+      shardings: one for all parameters or a tree of them, for parameters that go straight onto a mesh: each process
+        reads what its devices hold, one parameter at a time.
 
     Returns:
-      Host arrays in the skeleton's structure, for `jax.device_put` to place.
+      Arrays in the skeleton's structure: on the host, or on the devices that `shardings` name.
 
     Raises:
-      ValueError: a tensor is missing, not expected, or of another shape than expected; the message names it.
+      ValueError: a tensor is missing, not expected, or of another shape or kind than expected; the message names it.
+        Everything is checked before any data are read.
     """
+    return place(lazy_load(table, skeleton, tensors, dtype=dtype, ignore=ignore), shardings)
+
+
+def lazy_load(
+    table: Sequence[Rule],
+    skeleton: Params,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
+) -> Params:
+    """As `load`, with a `Lazy` for each parameter. All checks are made now."""
     leaves = traverse_util.flatten_dict(skeleton, sep="/")
     rules = _rules(table, leaves)
-    _check_names({name for path, rule in rules.items() for name in rule.names(leaves[path].shape)}, tensors, ignore)
-    params = {path: _load_leaf(rule, leaves[path].shape, tensors, dtype) for path, rule in rules.items()}
+    expected = {name for path, rule in rules.items() for name in rule.names(leaves[path].shape)}
+    _check_dtypes(expected & tensors.keys(), tensors)
+    _check_names(expected, tensors, ignore)
+    params = {path: _lazy_parameter(rule, leaves[path].shape, tensors, dtype) for path, rule in rules.items()}
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def export(table: Sequence[Rule], params: Params) -> dict[str, np.ndarray]:
     """Released tensors from parameters, the inverse of `load`: contiguous host arrays by name, in the params' dtype."""
+    return {name: tensor[()] for name, tensor in lazy_export(table, params).items()}
+
+
+def lazy_export(table: Sequence[Rule], params: Params) -> dict[str, Lazy]:
+    """As `export`, with a `Lazy` for each tensor; parameters may be arrays or `Lazy`, and are read block by block."""
     leaves = traverse_util.flatten_dict(params, sep="/")
-    tensors: dict[str, np.ndarray] = {}
-    for path, rule in _rules(table, leaves).items():
-        array = np.asarray(leaves[path])
-        rows = array if rule.stacked else [array]
-        tensors |= {n: np.ascontiguousarray(rule.to_theirs(row)) for n, row in zip(rule.names(array.shape), rows)}
-    return tensors
+
+    @functools.lru_cache(maxsize=1)
+    def source(path):
+        return leaves[path] if isinstance(leaves[path], Lazy) else np.asarray(leaves[path])
+
+    def lazy_tensor(rule, path, block):
+        def read(index):
+            array = source(path)[block : block + 1][0] if rule.stacked else source(path)[()]
+            return contiguous(rule.to_theirs(array)[index])
+
+        shape = leaves[path].shape[1:] if rule.stacked else leaves[path].shape
+        return Lazy(rule.their_shape(shape), np.dtype(leaves[path].dtype), read)
+
+    return {
+        name: lazy_tensor(rule, path, block)
+        for path, rule in _rules(table, leaves).items()
+        for block, name in enumerate(rule.names(leaves[path].shape))
+    }
+
+
+def check_shapes(skeleton: Params, found: Params, what: str) -> None:
+    """Raises ValueError, naming a parameter, where `found` has other parameters or shapes than the skeleton."""
+    expected, actual = (traverse_util.flatten_dict(tree, sep="/") for tree in (skeleton, found))
+    if missing := sorted(expected.keys() - actual.keys()):
+        raise ValueError(f"{what} lacks {_listed(missing)}: it is of another model, or of another config")
+    if extra := sorted(actual.keys() - expected.keys()):
+        raise ValueError(f"{what} has {_listed(extra)}, which the config does not: it is of another model")
+    for path, leaf in expected.items():
+        if tuple(leaf.shape) != (shape := tuple(actual[path].shape)):
+            raise ValueError(f"{what} has {path} of shape {shape}, and the config expects {tuple(leaf.shape)}")
 
 
 def _rules(table: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Rule]:
@@ -99,6 +188,16 @@ def _rules(table: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Rule]:
     return rules
 
 
+def _check_dtypes(names: Collection[str], tensors: Mapping[str, Any]) -> None:
+    for name in sorted(names):
+        if (dtype := np.dtype(tensors[name].dtype)) not in FLOATS:
+            file = getattr(tensors[name], "filename", None)
+            where = f" of {file}" if file else ""
+            raise ValueError(
+                f"tensor {name}{where} is {dtype}: quantised weights are not read, take bf16, fp16 or fp32"
+            )
+
+
 def _check_names(expected: set[str], tensors: Mapping[str, Any], ignore: Collection[str]) -> None:
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(f"missing tensors: {_listed(missing)}; the config expects {len(expected)} in all")
@@ -106,85 +205,39 @@ def _check_names(expected: set[str], tensors: Mapping[str, Any], ignore: Collect
         raise ValueError(f"unexpected tensors: {_listed(extra)}; the config expects {len(expected)} in all")
 
 
-def _load_leaf(rule: Rule, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], dtype: Any) -> np.ndarray:
-    # One row at a time into the result, so that a large model is never held twice.
-    leaf = np.empty(shape, dtype or np.float32)
-    for i, name in enumerate(rule.names(shape)):
-        tensor = rule.to_ours(_checked(name, tensors[name], rule, shape[1:] if rule.stacked else shape))
-        if i == 0 and dtype is None:
-            leaf = np.empty(shape, tensor.dtype)
-        leaf[i if rule.stacked else ...] = tensor
-    return leaf
+def _lazy_parameter(rule: Rule, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], dtype: Any) -> Lazy:
+    names = rule.names(shape)
+    for name in names:
+        expected = rule.their_shape(shape[1:] if rule.stacked else shape)
+        if tensors[name].shape != expected:
+            raise ValueError(f"tensor {name} has shape {tensors[name].shape}, and the config expects {expected}")
+        if dtype is None and tensors[name].dtype != (first := tensors[names[0]].dtype):
+            raise ValueError(f"tensor {name} is {tensors[name].dtype}, and {names[0]} is {first}: give a dtype for all")
+    own = tensors[names[0]].dtype if names else np.float32
+    dtype = np.dtype(own if dtype is None else dtype)
 
+    def read(index):
+        if not rule.stacked:
+            return contiguous(rule.to_ours(tensors[names[0]])[index], dtype)
+        blocks, *rest = index or (slice(None),)
+        sizes = [len(range(size)[axis]) for size, axis in zip(shape[1:], rest)] + [*shape[1 + len(rest) :]]
+        result = np.empty((len(names[blocks]), *sizes), dtype)
+        for block, name in enumerate(names[blocks]):
+            copy(rule.to_ours(tensors[name])[tuple(rest)], result[block, ...])
+        return result
 
-def _checked(name: str, tensor: np.ndarray, rule: Rule, ours: tuple[int, ...]) -> np.ndarray:
-    expected = rule.to_theirs(np.broadcast_to(0, ours)).shape
-    if tensor.shape != expected:
-        raise ValueError(f"tensor {name} has shape {tensor.shape}, and the config expects {expected}")
-    return tensor
+    return Lazy(tuple(shape), dtype, read)
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-class _SafetensorsFiles(Mapping):
-    """Tensors of one or more safetensors files, each read when it is asked for."""
-
-    def __init__(self, files: Mapping[str, Path]):
-        self._files = files
-        self._handles = {file: safe_open(file, framework="numpy") for file in set(files.values())}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handles[self._files[name]].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def read_safetensors(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
-    """Tensors by name, each read when it is asked for.
-
-    `path` is a .safetensors file, an index of shards (.safetensors.index.json), or a folder that holds exactly one of
-    these. bf16 tensors come as ml_dtypes.bfloat16. Raises ValueError when a folder holds none or several.
-    """
-    path = Path(path)
-    file = _only_weights(path) if path.is_dir() else path
-    if file.suffix == ".json":
-        return _SafetensorsFiles({name: file.parent / shard for name, shard in _shards(file).items()})
-    with safe_open(file, framework="numpy") as tensors:
-        return _SafetensorsFiles(dict.fromkeys(tensors.keys(), file))
-
-
-def _only_weights(folder: Path) -> Path:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    shards = {shard for index in indices for shard in _shards(index).values()}
-    found = indices + [file for file in sorted(folder.glob("*.safetensors")) if file.name not in shards]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{folder} must hold one .safetensors file or index, found {names}: give the path of one")
-    return found[0]
-
-
-def _shards(index: Path) -> dict[str, str]:
-    return json.loads(index.read_text())["weight_map"]
-
-
-def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes tensors to one file, whole or not at all. `metadata` defaults to {"format": "pt"}, as readers expect."""
-    partial = _partial(path)
-    save_file(dict(tensors), partial, metadata=dict(metadata or {"format": "pt"}))
-    os.replace(partial, path)
-
-
 def read_config(folder: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model folder. Raises ValueError when a field is absent or differs from what `expected` says."""
     file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: give a model's folder as diffusers or transformers saves it")
     config = json.loads(file.read_text())
     for field, value in expected.items():
         if config.get(field) != value:

@@ -1,5 +1,6 @@
 """FLUX.1: the transformer and its weights."""
 
+from mixgrpo_jax.models.flux.latents import image_ids, pack, unpack
 from mixgrpo_jax.models.flux.model import (
     FluxConfig,
     apply,
@@ -7,10 +8,7 @@ from mixgrpo_jax.models.flux.model import (
     flux1_dev,
     flux1_schnell,
     flux_small,
-    image_ids,
     init,
-    pack,
-    unpack,
 )
 from mixgrpo_jax.models.flux.weights import load_folder, save_folder
 

@@ -13,12 +13,13 @@ from flax import nnx
 
 from mixgrpo_jax.models import layers
 from mixgrpo_jax.models.layers import ZEROS, Embedder, Linear, RMSNorm
+from mixgrpo_jax.models.remat import REMAT as REMAT
+from mixgrpo_jax.models.remat import rematerialise
 
 Params = dict[str, Any]
 
 TIME_CHANNELS = 256
 MLP_RATIO = 4
-REMAT = ("none", "block")
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,7 @@ class _Flux(nnx.Module):
         def single(x, block):
             return block(x, condition, angles, backend), None
 
-        if remat == "block":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            double, single = (jax.checkpoint(body, prevent_cse=False) for body in (double, single))
+        double, single = (rematerialise(body, remat) for body in (double, single))
         (text, image), _ = jax.lax.scan(double, (self.text_in(text), self.image_in(x)), self.double_blocks)
         tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
         scale, shift = _chunks(self.final_modulation(condition), 2)
@@ -232,8 +231,8 @@ def apply(
       text_ids: positions [L, 3]; zeros by default.
       dtype: dtype of the matmuls; parameters are cast on use. Time embedding, rotary angles and norm statistics
         are fp32 in any case.
-      remat: "block" recomputes each block in the backward pass, "none" stores all activations.
-      attention: back end, "xla" or "cudnn".
+      remat: what the backward pass of a block finds stored, see `remat.rematerialise`.
+      attention: back end, see `attention.attention`.
 
     Returns:
       v [B, S, in_channels] in fp32.
@@ -244,8 +243,6 @@ def apply(
     if (guidance is not None) != config.guidance_embeds:
         need = "a guidance scale" if config.guidance_embeds else "guidance=None"
         raise ValueError(f"guidance={guidance} with guidance_embeds={config.guidance_embeds}: pass {need}")
-    if remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is unknown: choose one of {REMAT}")
     model = nnx.merge(_graphdef(config), params)
     batch = (x.shape[0],)
     timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
@@ -256,36 +253,6 @@ def apply(
     ids = jnp.concatenate([text_ids, image_ids]).astype(jnp.float32)
     condition = model.condition(timestep, pooled.astype(dtype), guidance)
     return model(x.astype(dtype), text.astype(dtype), condition, ids, remat, attention).astype(jnp.float32)
-
-
-def image_ids(rows: int, cols: int) -> jax.Array:
-    """Positions (0, row, col) of a grid of packed latents in row-major order: [rows cols, 3], fp32."""
-    row, col = jnp.meshgrid(jnp.arange(rows), jnp.arange(cols), indexing="ij")
-    return jnp.stack([jnp.zeros_like(row), row, col], axis=-1).reshape(-1, 3).astype(jnp.float32)
-
-
-def pack(latents: jax.Array) -> jax.Array:
-    """Folds 2 x 2 patches into channels: [B, H, W, C] -> [B, (H/2)(W/2), 4 C], channels ordered (c, dy, dx).
-
-    Raises ValueError when H or W is odd.
-    """
-    b, h, w, c = latents.shape
-    if h % 2 or w % 2:
-        raise ValueError(f"latents are {h} x {w}: both sides must be even to form 2 x 2 patches")
-    patches = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
-    return patches.reshape(b, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """Inverse of `pack` for latents of height x width: [B, S, 4 C] -> [B, height, width, C].
-
-    Raises ValueError when S is not (height/2)(width/2).
-    """
-    b, s, c = tokens.shape
-    if height % 2 or width % 2 or s != (height // 2) * (width // 2):
-        raise ValueError(f"{s} tokens do not make latents of {height} x {width}: need (height/2)(width/2) of them")
-    patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-    return patches.reshape(b, height, width, c // 4)
 
 
 def flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:

@@ -1,0 +1,35 @@
+"""FLUX.1-dev, fully fine-tuned, at the sizes of MixGRPO's paper; recipes are put on it by the files beside this one.
+
+    python -m mixgrpo_jax.encode --source=CHECKPOINT --prompts=prompts.txt --target=FEATURES
+
+CHECKPOINT is FLUX.1-dev's folder in diffusers' layout, FEATURES holds the prompts' cached features: 4 MB a prompt with
+all 512 positions. Hardware: the paper's run had 32 GPUs of 80 GB, one prompt each.
+"""
+
+from mixgrpo_jax import config as configs
+
+
+def get_config():
+    """The model, its data and its batch."""
+    config = configs.base()
+    config.iterations = 300
+    config.model.folder = "checkpoints/FLUX.1-dev"
+    config.model.image_size = (720, 720)
+    config.model.text_length = 512
+    config.model.dtype = "bfloat16"
+    config.model.remat = "block"
+    config.data.name = "features"
+    config.data.folder = "data/flux_dev"
+    config.batch.prompts, config.batch.group = 32, 12
+    config.batch.updates, config.batch.micro_batch = 4, 32  # one sample a device and pass
+    config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 25, 4, 25
+    config.rewards = dict(ocr=1.0)  # the paper adds HPS-v2.1, ImageReward and PickScore, with equal weights
+    config.watched = ()
+    config.mesh.fsdp, config.mesh.data = -1, 1
+    config.evaluation.prompts, config.evaluation.batch = 64, 32
+    config.evaluation.num_steps, config.evaluation.shift = 50, 0.0
+    config.evaluation.ema = False  # the paper keeps none
+    config.optimizer.ema_decay = 0.0
+    config.checkpoint.every = 50
+    config.ratio_tolerance = 1e-3
+    return config

@@ -1,0 +1,21 @@
+"""MixGRPO on FLUX.1-dev by LoRA: rank 64 on the attentions, 1024 x 1024, for a small slice.
+
+    python -m mixgrpo_jax.train --config=configs/flux_dev_lora.py --workdir=runs/flux_dev_lora
+    python -m mixgrpo_jax.convert --source=runs/flux_dev_lora --target=lora --to=lora
+
+Hardware and data: see flux_dev.py; the base is frozen in bf16 (23.8 GB over the slice), adapters and their optimiser
+are fp32. Rate, rank and alpha are those of Flow-GRPO's FLUX runs. Not run at this size here.
+"""
+
+from mixgrpo_jax import config as configs
+
+
+def get_config():
+    """The recipe on the model, with adapters."""
+    config = configs.load("mixgrpo", __file__, "flux_dev")
+    config.model.image_size = (1024, 1024)
+    config.model.lora.rank, config.model.lora.alpha = 64, 128.0
+    config.batch.prompts, config.batch.micro_batch = 16, 16
+    config.optimizer.learning_rate = 3e-4
+    config.checkpoint.every = 10
+    return config

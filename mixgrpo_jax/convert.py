@@ -1,0 +1,235 @@
+"""Convert a FLUX.1 transformer, or what a run has trained of it.
+
+    python -m mixgrpo_jax.convert --source=FLUX.1-dev --target=flux1-dev-orbax --to=orbax
+    python -m mixgrpo_jax.convert --source=flux1-dev.safetensors --target=flux1-dev --to=diffusers
+    python -m mixgrpo_jax.convert --source=runs/flux --target=trained --to=diffusers --merge
+    python -m mixgrpo_jax.convert --source=runs/flux --target=adapters --to=lora
+
+The source is a pipeline's folder (of which transformer/ is read), a transformer's folder as diffusers saves it or as
+`--to=orbax` writes it, FLUX.1's original single file, or a run's workdir. The target is a new folder, which appears when
+it is complete: for `diffusers`, one that FluxTransformer2DModel.from_pretrained opens; for `orbax`, config.json and a
+checkpoint in our own layout, which training reads fastest; for `lora`, the adapters that a run has trained, as
+load_lora_weights opens them. No step holds more than one parameter in memory.
+"""
+
+import contextlib
+import json
+import pathlib
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import traverse_util
+from tqdm import tqdm
+
+from mixgrpo_jax.models import lora, orbax_io, policy, weights
+from mixgrpo_jax.models.flux import weights as flux_weights
+from mixgrpo_jax.models.flux.weights import Source
+from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.weights import Lazy, Params
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
+
+TARGETS = ("orbax", "diffusers", "lora")
+DTYPES = ("", "bfloat16", "float32")
+WEIGHTS = {"ema": "ema", "raw": "params"}  # fields of the train state
+
+
+class Run(NamedTuple):
+    """What a run has trained, and on what: `trained` are all parameters, or adapters where lora.rank > 0 (`Lazy`)."""
+
+    base: Source
+    lora: LoraConfig
+    trained: Params
+
+
+def convert(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    to: str,
+    *,
+    dtype: str = "",
+    which: str = "ema",
+    merge: bool = False,
+    shard_size: int = flux_weights.SHARD_SIZE,
+) -> None:
+    """Converts `source` into the new folder `target`.
+
+    Args:
+      source, target, to: see the module.
+      dtype: of the written parameters, "bfloat16" or "float32"; by default the source's, and a merged kernel's is that
+        of its base. Adapters are fp32.
+      which: of a run, its parameters' moving average "ema", or "raw" as last updated.
+      merge: whether to add a run's adapters to its base.
+      shard_size: bytes above which a diffusers folder's tensors are cut into several files.
+
+    Raises:
+      ValueError: an argument is unknown or does not fit the source, the source is of another model or damaged, the
+        target is not empty, or its disk is too small. Nothing has been written then.
+    """
+    start = time.monotonic()
+    for flag, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("weights", which, tuple(WEIGHTS))):
+        if value not in choices:
+            raise ValueError(f"--{flag}={value!r} is unknown: choose one of {choices}")
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--target={str(target)!r} is there already: give a new folder, or remove it")
+    if to == "lora":
+        num_bytes = _write_adapters(_adapted_run(source, which, dtype), target)
+    else:
+        num_bytes = _write_transformer(_open(source, which, dtype or None, merge), target, to, shard_size)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = num_bytes / seconds
+    print(f"{target}: {_size(num_bytes)} in {seconds:.1f} s ({_size(rate)}/s), peak memory {_size(peak)}")
+
+
+def _open(path: pathlib.Path, which: str, dtype: Any, merge: bool) -> Source:
+    if (path / "checkpoints").is_dir():
+        return _trained(open_run(path, which), dtype, merge)
+    if merge:
+        raise ValueError(f"--merge: {path} is no run's workdir, and has no adapters to merge")
+    if (path / lora.FILE_NAME).is_file():
+        raise ValueError(f"{path} holds adapters (LoRA), no model: merge them into one with diffusers' fuse_lora first")
+    pipeline = (path / "transformer").is_dir()
+    return flux_weights.open_source(path / "transformer" if pipeline else path, dtype)
+
+
+def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
+    """The newest checkpoint of a run, with the base that its config.json names. Raises ValueError where they differ."""
+    workdir = pathlib.Path(workdir)
+    if not (file := workdir / "config.json").is_file():
+        raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
+    options = json.loads(file.read_text())["model"]
+    folder = pathlib.Path(options["folder"] or policy.SHIPPED)
+    path = pathlib.Path(options.get("transformer") or folder / "transformer")
+    if not path.exists():
+        raise ValueError(f"{file} names the base {path}, which is not there: set model.folder in it to where it is")
+    base, config = flux_weights.open_source(path), LoraConfig(**options.get("lora", {}))
+
+    checkpoints = Checkpoints(workdir)
+    latest = checkpoints.latest
+    checkpoints.close()
+    if latest is None:
+        raise ValueError(f"{workdir}/checkpoints holds no finished checkpoint: let the run save one")
+    trained = orbax_io.lazy_restore(workdir / "checkpoints" / str(latest) / "state", WEIGHTS[which])
+    expected = flux_weights.skeleton(base.config)
+    if config.rank:
+        expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
+    weights.check_shapes(expected, trained, f"{workdir}, iteration {latest},")
+    return Run(base, config, trained)
+
+
+def _trained(run: Run, dtype: Any, merge: bool) -> Source:
+    """A run's result as a whole model."""
+    if run.lora.rank and not merge:
+        raise ValueError("the run has trained adapters (LoRA): write them with --to=lora, or add --merge for a model")
+    if merge and not run.lora.rank:
+        raise ValueError("--merge: the run has trained all parameters, and has no adapters to merge")
+    params = merged(run) if run.lora.rank else run.trained
+    return Source(run.base.config, run.base.fields, jax.tree.map(lambda leaf: _cast(leaf, dtype or leaf.dtype), params))
+
+
+def merged(run: Run) -> Params:
+    """The base with W + scale A B in place of each adapted kernel W, in fp32 (`Lazy`); the rest is as stored.
+
+    A kernel that is asked for in another dtype is so rounded once.
+    """
+    params = traverse_util.flatten_dict(run.base.params, sep="/")
+    adapters = traverse_util.flatten_dict(weights.place(run.trained), sep="/")
+
+    def lazy_kernel(kernel, a, b):
+        def read(index):
+            base = {"layer": {"kernel": kernel[index].astype(np.float32)}}
+            layer = lora.merge(base, {"layer": {"a": a[index], "b": b[index]}}, run.lora.scale)
+            return np.asarray(layer["layer"]["kernel"]).astype(kernel.dtype)
+
+        return Lazy(kernel.shape, kernel.dtype, read)
+
+    for path in [path for path in adapters if path.endswith("/a")]:
+        layer = path.removesuffix("/a")
+        params[f"{layer}/kernel"] = lazy_kernel(params[f"{layer}/kernel"], adapters[path], adapters[f"{layer}/b"])
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _cast(leaf: Lazy, dtype: Any) -> Lazy:
+    return Lazy(leaf.shape, np.dtype(dtype), lambda index: leaf[index].astype(dtype, copy=False))
+
+
+def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:
+    if not (path / "checkpoints").is_dir():
+        raise ValueError(f"--to=lora: {path} is no run's workdir; use --to=diffusers or --to=orbax for a model")
+    if dtype:
+        raise ValueError(f"--dtype={dtype}: adapters are written in fp32; leave it out")
+    run = open_run(path, which)
+    if not run.lora.rank:
+        raise ValueError(f"--to=lora: {path} has trained all parameters (model.lora.rank=0); use --to=diffusers")
+    return run
+
+
+def _write_adapters(run: Run, target: pathlib.Path) -> int:
+    num_bytes = _num_bytes(run.trained)
+    with _whole_folder(target, num_bytes) as folder:
+        lora.save(folder, flux_weights.TABLE, weights.place(run.trained), run.lora.scale)
+    return num_bytes
+
+
+def _write_transformer(source: Source, target: pathlib.Path, to: str, shard_size: int) -> int:
+    num_bytes = _num_bytes(source.params)
+    with (
+        _whole_folder(target, num_bytes) as folder,
+        tqdm(total=num_bytes, desc=to, unit="B", unit_scale=True) as progress,
+    ):
+        args = (folder, source.config, source.params)
+        options: dict[str, Any] = dict(fields=source.fields, progress=progress.update)
+        if to == "orbax":
+            flux_weights.save_checkpoint(*args, **options)
+        else:
+            flux_weights.save_folder(*args, shard_size=shard_size, **options)
+    return num_bytes
+
+
+def _num_bytes(params: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+@contextlib.contextmanager
+def _whole_folder(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder beside the target that takes its place when all is written, and goes when something fails."""
+    disk = next(parent for parent in target.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(disk).free) < num_bytes:
+        raise ValueError(
+            f"{disk} has {_size(free)} left, and {target} takes {_size(num_bytes)}: make room, or go elsewhere"
+        )
+    partial = target.absolute().with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def main(_):  # noqa: D103
+    logging.set_verbosity(logging.ERROR)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed that an accelerator would speed up
+    convert(_SOURCE.value, _TARGET.value, _TO.value, dtype=_DTYPE.value, which=_WEIGHTS.value, merge=_MERGE.value)
+
+
+if __name__ == "__main__":
+    _SOURCE = flags.DEFINE_string("source", None, "Model folder, original single file, or workdir.", required=True)
+    _TARGET = flags.DEFINE_string("target", None, "New folder.", required=True)
+    _TO = flags.DEFINE_enum("to", None, TARGETS, "What to write.", required=True)
+    _DTYPE = flags.DEFINE_enum("dtype", "", DTYPES, "Of the written parameters; by default the source's.")
+    _WEIGHTS = flags.DEFINE_enum("weights", "ema", list(WEIGHTS), "Which of a run's parameters.")
+    _MERGE = flags.DEFINE_bool("merge", False, "Add a run's adapters to its base.")
+    app.run(main)

@@ -1,0 +1,278 @@
+"""Compute prompts' features once, to train and evaluate without the text encoders.
+
+    python -m mixgrpo_jax.encode --source=FLUX.1-dev --prompts=prompts.txt --target=data/hpd
+    python -m mixgrpo_jax.train --config=configs/flux_dev.py --config.data.name=features --config.data.folder=data/hpd
+
+The source is a folder as diffusers lays it out, with text_encoder_2/ (T5) and tokenizer_2/, and for FLUX.1 also
+text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in bfloat16. A prompt of FLUX.1-dev
+takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for padding, because FLUX attends to that too: 50,000 prompts are
+210 GB. What saves:
+
+- `--max_length=128` takes a quarter. A transformer takes text of any length, and the shorter it is the less it costs;
+  but this one then sees less padding than it was trained with, so sample with the same length later.
+- `--padding=drop` stores only a prompt's own tokens, some 30 for a sentence, as they are beside the padding. Reading
+  puts zeros in the padding's place, so that the transformer sees no T5 features there: cheaper still, and further
+  from what it was trained with.
+
+A prompt that does not fit is cut, as in the pipeline, and counted. A command that was stopped goes on where it was.
+Of n processes that share a file system, process k writes the shards k, k + n, ...
+"""
+
+import hashlib
+import itertools
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from absl import app, flags
+from tqdm import tqdm
+
+from mixgrpo_jax.data import features as store
+from mixgrpo_jax.data import prompts as prompt_sources
+from mixgrpo_jax.data.prompts import Prompt
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.policy import Parts
+from mixgrpo_jax.models.text import clip, t5
+from mixgrpo_jax.runtime import mesh as meshes
+
+DTYPE = jnp.dtype(jnp.bfloat16)
+READERS: dict[str, Callable] = {"text_encoder_2": t5.load_folder, "text_encoder": clip.load_folder}
+TOKENIZERS = {"text_encoder_2": "tokenizer_2", "text_encoder": "tokenizer"}
+FORMAT_OVERHEAD = 1.01  # of the files over the features in them
+
+
+def encode(
+    source: str | os.PathLike,
+    prompts: str,
+    target: str | os.PathLike,
+    *,
+    split: str = "train",
+    field: str = "prompt",
+    max_length: int | None = None,
+    padding: str = "keep",
+    batch: int = 32,
+    shard_size: int = 256,
+) -> store.Split:
+    """Write a split of prompt features, for `data.features.load` to read.
+
+    Args:
+        source: folder with the text encoders; "" is the checkpoint that ships with the package.
+        prompts: a .txt or .jsonl file, or "tfds:NAME/split"; see `data.prompts.read`.
+        target: folder of the data set. It may hold other splits from the same encoders.
+        split: name of the split.
+        field: the field of the prompts' objects that holds the prompt.
+        max_length: T5 tokens of a prompt, padding included; by default the tokenizer's own, 512 for FLUX.1-dev.
+        padding: "keep" or "drop" the features of padding.
+        batch: prompts encoded at a time, over all local devices.
+        shard_size: prompts in a file.
+
+    Raises:
+        ValueError: a source, prompts or numbers that cannot be, too little room on the disk, or a target that was begun
+            with others; always before anything is written.
+    """
+    folder = pathlib.Path(source).expanduser() if source else policies.SHIPPED
+    check_batch(batch)
+    rows = prompt_sources.read(prompts, field)
+    parts, params = load_encoders(folder)
+    length = token_limit(parts, max_length)
+    lengths = count_tokens(parts, [row.text for row in rows], length)
+
+    features, _ = policies.text_functions(parts, length, DTYPE)
+    shapes = jax.eval_shape(features, params, tokenize(parts, [rows[0].text], length))
+    manifest = store.Manifest(
+        source=fingerprint(folder),
+        prompts=prompt_sources.digest(rows),
+        count=len(rows),
+        shard_size=shard_size,
+        max_length=length,
+        padding=padding,
+        text_width=shapes["text"].shape[-1],
+        pooled_width=shapes["pooled"].shape[-1],
+        dtype=DTYPE.name,
+    )
+    output = store.Split(pathlib.Path(target).expanduser(), split, manifest)
+    output.check()
+    check_room(output, lengths)
+    output.begin()
+    write(output, rows, lengths, make_launch(parts, params, length, batch), batch)
+    return output
+
+
+def check_batch(batch: int) -> None:
+    """Refuse a batch that the local devices cannot share evenly."""
+    devices = jax.local_device_count()
+    if batch < 1 or batch % devices:
+        raise ValueError(f"batch={batch} cannot be shared by {devices} devices: choose a multiple of {devices}")
+
+
+def load_encoders(folder: pathlib.Path) -> tuple[Parts, dict[str, Any]]:
+    """The text encoders of a folder with their tokenizers, and their parameters in bfloat16, as host arrays."""
+    configs: dict[str, Any] = {"transformer": None}
+    params: dict[str, Any] = {}
+    for name in _encoders(folder):
+        configs[name], params[name] = READERS[name](folder / name, dtype=DTYPE)
+        configs[TOKENIZERS[name]] = transformers.AutoTokenizer.from_pretrained(folder / TOKENIZERS[name])
+    return Parts(**configs), params
+
+
+def _encoders(folder: pathlib.Path) -> list[str]:
+    """Names of the encoders that a folder holds: T5, and CLIP if it is there."""
+    names = [name for name in TOKENIZERS if name == "text_encoder_2" or (folder / name).is_dir()]
+    for part in itertools.chain(names, map(TOKENIZERS.get, names)):
+        if not (folder / str(part)).is_dir():
+            raise ValueError(f"source={str(folder)!r} has no {part}/; give a folder as diffusers saves a pipeline")
+    return names
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """SHA-256 of the encoders' and tokenizers' files, in hexadecimal: their names and contents."""
+    sha = hashlib.sha256()
+    for part in sorted(itertools.chain.from_iterable((name, TOKENIZERS[name]) for name in _encoders(folder))):
+        for path in sorted(path for path in (folder / part).rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sha.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return sha.hexdigest()
+
+
+def token_limit(parts: Parts, asked: int | None) -> int:
+    """T5 tokens of a prompt: as asked for, or as the tokenizer says."""
+    tokenizer: Any = parts.tokenizer_2
+    limit = tokenizer.model_max_length if asked is None else asked
+    if not 1 <= limit <= 2**16:  # a tokenizer without a limit says 1e30
+        raise ValueError(f"max_length={limit} tokens cannot be: give a number up to {2**16}, as --max_length=512")
+    return int(limit)
+
+
+def tokenize(parts: Parts, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """Token ids, int32: "t5" [P, length], and for a CLIP "clip" [P, 77]; cut or filled up to these lengths."""
+
+    def ids(tokenizer, limit):
+        rows = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True)["input_ids"]
+        return np.asarray(rows, np.int32)
+
+    tokens = {"t5": ids(parts.tokenizer_2, length)}
+    if parts.text_encoder:
+        tokens["clip"] = ids(parts.tokenizer, parts.text_encoder.max_position_embeddings)
+    return tokens
+
+
+def count_tokens(parts: Parts, texts: Sequence[str], length: int) -> np.ndarray:
+    """T5 tokens of each prompt without padding, [N], at most `length`; prints how many prompts are cut."""
+
+    def count(name, tokenizer, limit):
+        counts = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
+        print(f"{name}: {(counts > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
+        return np.minimum(counts, limit)
+
+    if parts.text_encoder:
+        count("CLIP", parts.tokenizer, parts.text_encoder.max_position_embeddings)
+    return count("T5", parts.tokenizer_2, length)
+
+
+def check_room(output: store.Split, lengths: np.ndarray) -> None:
+    """Print what the split takes, and refuse it if what is yet to be written does not fit on the disk."""
+    manifest = output.manifest
+    sizes = np.array([manifest.nbytes(int(length)) for length in lengths])
+    rest = int(FORMAT_OVERHEAD * sum(sizes[manifest.shards[shard]].sum() for shard in output.missing()))
+    there = next(folder for folder in (output.folder, *output.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    tokens = manifest.max_length if manifest.padding == "keep" else lengths.mean()
+    print(
+        f"{manifest.count:,} prompts x ({tokens:.4g} x {manifest.text_width} + {manifest.pooled_width}) x 2 bytes = "
+        f"{manifest.count:,} x {_size(sizes.mean())} = {_size(sizes.sum())} in {len(manifest.shards):,} files; "
+        f"{_size(rest)} to be written, {_size(free)} free"
+    )
+    if rest > free:
+        raise ValueError(
+            f"target={str(output.folder)!r} has {_size(free)} free, and {_size(rest)} are to be written: "
+            "choose another disk, padding=drop, or a smaller max_length"
+        )
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def make_launch(parts: Parts, params: dict[str, Any], length: int, batch: int) -> Callable[[Sequence[str]], Any]:
+    """`launch(texts) -> features` of up to `batch` prompts, filled up to `batch`; compiled once, and asynchronous."""
+    mesh = meshes.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.local_devices())
+    by_prompt = meshes.batch_sharding(mesh, batch)
+    params = jax.device_put(params, meshes.replicated(mesh))
+    features, _ = policies.text_functions(parts, length, DTYPE)
+    program = jax.jit(features, out_shardings=by_prompt)
+
+    def launch(texts):
+        filled = [texts[i % len(texts)] for i in range(batch)]
+        return program(params, jax.device_put(tokenize(parts, filled, length), by_prompt))
+
+    return launch
+
+
+def write(
+    output: store.Split, rows: Sequence[Prompt], lengths: np.ndarray, launch: Callable[[Sequence[str]], Any], batch: int
+) -> None:
+    """Encode and write this process's missing shards, and describe the split when all shards are there."""
+    mine = [shard for shard in output.missing() if shard % jax.process_count() == jax.process_index()]
+    shards = [output.manifest.shards[shard] for shard in mine]
+
+    # Batches end where shards do, so that a prompt's batch, and with it every bit, is the same in any run.
+    chunks = [shard[start : start + batch] for shard in shards for start in range(0, len(shard), batch)]
+    launched = ((chunk, launch([rows[i].text for i in chunk])) for chunk in chunks)
+    elements = (
+        {"prompt": rows[i].text, "metadata": rows[i].metadata, "length": int(lengths[i]), "features": features}
+        for chunk, batched in _one_ahead(launched)
+        for i, features in zip(chunk, _unstack(jax.device_get(batched)))
+    )
+    for number, shard in zip(tqdm(mine, "encode", unit="shard"), shards):
+        output.write(number, itertools.islice(elements, len(shard)))
+    if output.missing():
+        print(f"{len(output.missing())} of {len(output.manifest.shards)} shards are left to other processes")
+    else:
+        output.finish()
+
+
+def _one_ahead(items: Iterable) -> Iterator:
+    """Item k, once item k + 1 is made: the devices work on one while the other is written."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(items, [None])))
+
+
+def _unstack(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    return (dict(zip(arrays, row)) for row in zip(*arrays.values()))
+
+
+def main(_):  # noqa: D103
+    encode(
+        _SOURCE.value,
+        _PROMPTS.value,
+        _TARGET.value,
+        split=_SPLIT.value,
+        field=_FIELD.value,
+        max_length=_MAX_LENGTH.value,
+        padding=_PADDING.value,
+        batch=_BATCH.value,
+        shard_size=_SHARD_SIZE.value,
+    )
+
+
+if __name__ == "__main__":
+    _SOURCE = flags.DEFINE_string("source", "", "Folder with the text encoders; '' is the shipped checkpoint.")
+    _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file, or tfds:NAME/split.", required=True)
+    _TARGET = flags.DEFINE_string("target", None, "Folder of the data set.", required=True)
+    _SPLIT = flags.DEFINE_string("split", "train", "Name of the split.")
+    _FIELD = flags.DEFINE_string("field", "prompt", "The field that holds the prompt.")
+    _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "T5 tokens of a prompt; by default the tokenizer's own.")
+    _PADDING = flags.DEFINE_enum("padding", "keep", store.PADDING, "What becomes of the features of padding.")
+    _BATCH = flags.DEFINE_integer("batch", 32, "Prompts encoded at a time, over all local devices.")
+    _SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file.")
+    app.run(main)

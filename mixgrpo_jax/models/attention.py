@@ -1,0 +1,127 @@
+"""Attention without a mask, through one function with a fused kernel for each kind of accelerator."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from mixgrpo_jax.models.remat import ATTENTION
+
+Kernel = Literal["xla", "cudnn", "splash"]
+Backend = Literal["auto", "xla", "cudnn", "splash"]
+ATTENTION_BACKENDS = get_args(Backend)
+
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+LANES = 128
+# The largest tile whose scores, kept in fp32 by the backward kernel, leave room in the 16 MiB of VMEM of a TPU v5e.
+MAX_BLOCK = 512
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    backend: Backend = "xla",
+) -> jax.Array:
+    """softmax(scale q k^T + bias) v without a mask.
+
+    The back ends are "xla" (any device; makes the S x S scores), "cudnn" (NVIDIA GPUs, bf16 or fp16) and "splash"
+    (TPUs); "auto" is the fused one of the default device where it takes the inputs. On several devices "splash" needs
+    `jax.set_mesh(mesh)`: it puts samples on the axes data and fsdp, and heads on tensor, where these divide them.
+
+    Args:
+      q, k, v: [B, S, H, d].
+      bias: broadcasts to [B, H, S, S]; only with "xla".
+      scale: 1/sqrt(d) by default.
+      backend: one of ATTENTION_BACKENDS.
+
+    Returns:
+      [B, S, H d] in q's dtype.
+
+    Raises:
+      ValueError: another back end, a bias for a fused kernel, or fp32 for "cudnn".
+    """
+    kernel = _choose(backend, q.dtype, bias is not None)
+    if kernel == "splash":
+        return _splash(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation=kernel)
+    y = y.reshape(*y.shape[:2], -1)
+    # The fused kernels' residuals are kept where they are made; a second name would keep the output twice.
+    return checkpoint_name(y, ATTENTION) if kernel == "xla" else y
+
+
+def _choose(backend: Backend, dtype: jnp.dtype, biased: bool) -> Kernel:
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention={backend!r} is unknown: choose one of {ATTENTION_BACKENDS}")
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "auto":
+        device = None if biased else jax.default_backend()
+        return "splash" if device == "tpu" else "cudnn" if device == "gpu" and half else "xla"
+    if biased and backend != "xla":
+        raise ValueError(f"attention={backend!r} takes no bias: use attention='xla'")
+    if backend == "cudnn" and not half:
+        raise ValueError(f"attention='cudnn' needs bfloat16 or float16, got {dtype}: use attention='xla'")
+    return backend
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    # In fp32, because a scale rounded to bf16 shifts the temperature of every row alike.
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash_on_device(q, k, v)
+    batch, heads = _dividing(mesh, BATCH_AXES, q.shape[0]), _dividing(mesh, HEAD_AXES, q.shape[2])
+    inputs, output = P(batch, None, heads, None), P(batch, None, heads)
+    # A Pallas call does not say over which axes its result varies, so that check is off.
+    return jax.shard_map(_splash_on_device, in_specs=(inputs,) * 3, out_specs=output, check_vma=False)(q, k, v)
+
+
+def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Those of the axes that the mesh has, if together they divide size; else none."""
+    axes, ways = tuple(axis for axis in axes if axis in mesh.shape), 1
+    for axis in axes:
+        ways *= mesh.shape[axis]
+    return axes if size % ways == 0 else ()
+
+
+def _splash_on_device(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T) v by the TPU kernel: [B, S, H, d] -> [B, S, H d]."""
+    b, s, h, d = q.shape
+    block = block_size(s)
+    padding = -s % block
+    mask = splash_attention_mask.FullMask((s + padding, s + padding))
+    kernel = splash.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * (b * h)),
+        # One backward kernel for dq, dk and dv: it computes the scores once, where two kernels compute them twice.
+        block_sizes=splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
+    )
+    q, k, v = (
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b * h, -1, d) for x in (q, k, v)
+    )
+    # Rows attend where the ids are equal: tokens to tokens, and padding to itself, lest its softmax divide by zero.
+    real = (jnp.arange(s + padding) < s).astype(jnp.int32)
+    y = kernel(q, k, v, splash.SegmentIds(real, real) if padding else None)
+    return y.reshape(b, h, -1, d)[:, :, :s].swapaxes(1, 2).reshape(b, s, h * d)
+
+
+def block_size(length: int) -> int:
+    """Rows of a square tile: the fewest tiles of at most MAX_BLOCK rows that cover length, as even as 128 lanes allow.
+
+    >>> block_size(2537), block_size(600), block_size(77)
+    (512, 384, 128)
+    """
+    tiles = -(-length // MAX_BLOCK)
+    return -(-length // (tiles * LANES)) * LANES

@@ -1,0 +1,87 @@
+"""Parameters as Orbax checkpoints, written and read leaf by leaf, or straight onto a mesh."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from mixgrpo_jax.models.lazy import Lazy
+
+CHUNK = 64 << 20  # bytes of a stored piece: a device's part of a large array is read without the rest
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Saves arrays one after the other, each read when its turn comes."""
+
+    def __init__(self, progress: Callable[[int], Any]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress = progress
+
+    async def serialize(self, values: Sequence[Lazy], infos: Any, args: Any = None) -> list:
+        for leaf, info, arg in zip(values, infos, args):
+            for written in await super().serialize([leaf[()]], [info], [arg]):
+                written.result()
+            self._progress(leaf.nbytes)
+        return []
+
+
+def save(folder: str | os.PathLike, params: Any, progress: Callable[[int], Any] = lambda num_bytes: None) -> None:
+    """Writes a tree of `Lazy` as an Orbax checkpoint, holding one leaf at a time.
+
+    `progress` is called with the bytes of each leaf. `ocp.StandardCheckpointer().restore(folder)` opens the result.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Lazy, _OneByOne(progress)))
+    # Weights hardly compress, and a store of many arrays in one (OCDBT) would buffer what it merges.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, use_ocdbt=False)
+    chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(folder).absolute(), args=ocp.args.PyTreeSave(params, save_args=chunks))
+
+
+def restore(folder: str | os.PathLike, like: Any) -> Any:
+    """Reads those leaves of a checkpoint that `like` has, in its dtypes.
+
+    `like` is a tree of `jax.ShapeDtypeStruct`. A leaf with a sharding goes straight onto its devices, each process
+    reading what its own hold; one without comes as a host array.
+    """
+    restore_args = jax.tree.map(_restore_args, like)
+    args = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(folder).absolute(), args=args)
+
+
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def lazy_restore(folder: str | os.PathLike, name: str = "", dtype: Any = None) -> Any:
+    """A tree of `Lazy` over a checkpoint, or over its field `name`, in `dtype` or else as stored.
+
+    The leaf last indexed stays in memory, and no other. Raises ValueError for a folder that is no checkpoint.
+    """
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole") from None
+    stored = traverse_util.flatten_dict(stored[name] if name else stored)
+
+    @functools.lru_cache(maxsize=1)
+    def whole(path):
+        struct = jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype)
+        full_path = (name, *path) if name else path
+        restored = restore(folder, traverse_util.unflatten_dict({full_path: struct}))
+        return traverse_util.flatten_dict(restored)[full_path]
+
+    def lazy_leaf(path):
+        return Lazy(tuple(stored[path].shape), np.dtype(dtype or stored[path].dtype), lambda index: whole(path)[index])
+
+    return traverse_util.unflatten_dict({path: lazy_leaf(path) for path in stored})

@@ -1,0 +1,445 @@
+"""The convolutional autoencoder of FLUX.1 and Stable Diffusion: images to latents of an eighth of the side, and back.
+
+Arrays are [B, H, W, C]. Modules carry the names of diffusers' AutoencoderKL, so that the path of a parameter is that of
+its tensor.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from mixgrpo_jax.models import layers, weights
+from mixgrpo_jax.models.layers import LECUN, Linear
+from mixgrpo_jax.models.weights import Rule
+
+Params = dict[str, Any]
+
+CLASS_NAME = "AutoencoderKL"
+FILE_NAME = "diffusion_pytorch_model.safetensors"
+# Older files name the attention's projections differently.
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}  # linear and convolution kernels, by their number of axes
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of an AutoencoderKL, named as in diffusers' config.json, whose defaults for absent fields these are."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels} must be multiples of "
+                f"norm_num_groups={self.norm_num_groups}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of a latent: each stage but the last halves the resolution."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def flux_vae() -> VAEConfig:
+    """The autoencoder of FLUX.1: 83.8 M parameters, 16 latent channels."""
+    return VAEConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def vae_tiny(**overrides) -> VAEConfig:
+    """FLUX.1's autoencoder with 8 to 16 channels a stage, for tests."""
+    sizes: dict[str, Any] = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    return dataclasses.replace(flux_vae(), **(sizes | overrides))
+
+
+class _Sequence(nnx.Module):
+    """Modules run one after another, under the names "0", "1", and so on; the identity when there is none."""
+
+    def __init__(self, modules: Iterable[nnx.Module]):
+        self.length = 0
+        for module in modules:
+            setattr(self, str(self.length), module)
+            self.length += 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, str(i)) for i in range(self.length))
+
+    def __call__(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
+class _Conv(nnx.Module):
+    """Convolution with `kernel` [size, size, c_in, c_out]; a side of n becomes n / stride."""
+
+    def __init__(self, c_in: int, c_out: int, *, size: int = 3, stride: int = 1, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(LECUN(rngs.params(), (size, size, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
+        self.stride = stride
+
+    def __call__(self, x):
+        # On an even side, SAME with a stride of 2 pads the end alone, as the released models do.
+        kernel, numbers = self.kernel[...].astype(x.dtype), ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, "SAME", dimension_numbers=numbers)
+        return y + self.bias[...].astype(x.dtype)
+
+
+class _GroupNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias, mean and var over space and a group of channels, in fp32."""
+
+    def __init__(self, width: int, groups: int):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.groups = groups
+
+    def __call__(self, x):
+        centred = x.astype(jnp.float32)
+        centred = centred - self._mean(centred)
+        y = centred * jax.lax.rsqrt(self._mean(centred * centred) + EPS)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def _mean(self, x):
+        # Space first: splitting the channel axis of a whole activation would change its layout on a TPU.
+        by_channel = jnp.mean(x, axis=(1, 2))
+        by_group = jnp.mean(by_channel.reshape(len(x), self.groups, -1), axis=-1)
+        return jnp.repeat(by_group, x.shape[-1] // self.groups, axis=-1)[:, None, None]
+
+
+class _Resnet(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int, *, rngs: nnx.Rngs):
+        self.norm1 = _GroupNorm(c_in, groups)
+        self.conv1 = _Conv(c_in, c_out, rngs=rngs)
+        self.norm2 = _GroupNorm(c_out, groups)
+        self.conv2 = _Conv(c_out, c_out, rngs=rngs)
+        self.conv_shortcut = _Conv(c_in, c_out, size=1, rngs=rngs) if c_in != c_out else None
+
+    def __call__(self, x):
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class _Attention(nnx.Module):
+    """Self-attention of one head over all positions, added to its input."""
+
+    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
+        self.group_norm = _GroupNorm(width, groups)
+        self.to_q = Linear(width, width, rngs=rngs)
+        self.to_k = Linear(width, width, rngs=rngs)
+        self.to_v = Linear(width, width, rngs=rngs)
+        self.to_out = _Sequence([Linear(width, width, rngs=rngs)])
+
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        y = self.group_norm(x).reshape(b, h * w, 1, c)
+        y = layers.attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + self.to_out(y).reshape(x.shape)
+
+
+class _MidBlock(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        width, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.resnets = _resnets(width, width, 2, groups, rngs)
+        self.attentions = _Sequence([_Attention(width, groups, rngs=rngs)] if config.mid_block_add_attention else [])
+
+    def __call__(self, x):
+        before, after = self.resnets
+        return after(self.attentions(before(x)))
+
+
+class _Downsample(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = _Conv(width, width, stride=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+class _Upsample(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = _Conv(width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class _DownBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, config: VAEConfig, *, last: bool, rngs: nnx.Rngs):
+        self.resnets = _resnets(c_in, c_out, config.layers_per_block, config.norm_num_groups, rngs)
+        self.downsamplers = _Sequence([] if last else [_Downsample(c_out, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.downsamplers(self.resnets(x))
+
+
+class _UpBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, config: VAEConfig, *, last: bool, rngs: nnx.Rngs):
+        self.resnets = _resnets(c_in, c_out, config.layers_per_block + 1, config.norm_num_groups, rngs)
+        self.upsamplers = _Sequence([] if last else [_Upsample(c_out, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.upsamplers(self.resnets(x))
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = _Conv(config.in_channels, widths[0], rngs=rngs)
+        self.down_blocks = _stages(_DownBlock, widths, config, rngs)
+        self.mid_block = _MidBlock(config, rngs=rngs)
+        self.conv_norm_out = _GroupNorm(widths[-1], config.norm_num_groups)
+        self.conv_out = _Conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class _Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels
+        self.conv_in = _Conv(config.latent_channels, widths[-1], rngs=rngs)
+        self.mid_block = _MidBlock(config, rngs=rngs)
+        self.up_blocks = _stages(_UpBlock, widths[::-1], config, rngs)
+        self.conv_norm_out = _GroupNorm(widths[0], config.norm_num_groups)
+        self.conv_out = _Conv(widths[0], config.out_channels, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class _Autoencoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        moments, latents = 2 * config.latent_channels, config.latent_channels
+        self.encoder = _Encoder(config, rngs=rngs)
+        self.decoder = _Decoder(config, rngs=rngs)
+        self.quant_conv = _Conv(moments, moments, size=1, rngs=rngs) if config.use_quant_conv else None
+        self.post_quant_conv = _Conv(latents, latents, size=1, rngs=rngs) if config.use_post_quant_conv else None
+
+    def encode(self, x):
+        """Images to moments, mean and log-variance along the channels."""
+        moments = self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def decode(self, z):
+        """Latents in the autoencoder's own scale to images."""
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+
+def _resnets(c_in: int, c_out: int, count: int, groups: int, rngs: nnx.Rngs) -> _Sequence:
+    widths = [c_in] + count * [c_out]
+    return _Sequence([_Resnet(*pair, groups, rngs=rngs) for pair in itertools.pairwise(widths)])
+
+
+def _stages(block, widths: tuple[int, ...], config: VAEConfig, rngs: nnx.Rngs) -> _Sequence:
+    pairs = list(itertools.pairwise(widths[:1] + widths))
+    return _Sequence([block(*pair, config, last=i == len(pairs) - 1, rngs=rngs) for i, pair in enumerate(pairs)])
+
+
+@functools.cache
+def _graphdef(config: VAEConfig) -> nnx.GraphDef:
+    return nnx.split(jax.eval_shape(lambda: _Autoencoder(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init(config: VAEConfig, key: jax.Array) -> Params:
+    """Parameters in fp32 to train from scratch: kernels LeCun normal, biases zero."""
+    return nnx.to_pure_dict(nnx.state(_Autoencoder(config, rngs=nnx.Rngs(key))))
+
+
+def encode(
+    config: VAEConfig, params: Params, images: jax.Array, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """Moments of the posterior N(mean, exp(logvar)) of the autoencoder's latent z.
+
+    Args:
+      config: the sizes of `params`.
+      params: as `init` returns them, in any float dtype.
+      images: [B, H, W, in_channels] in [-1, 1]; f below is `config.downsampling`, 8 in the released models.
+      dtype: dtype of convolutions and matmuls; norm statistics are fp32 in any case.
+
+    Returns:
+      mean and logvar, clipped to [-30, 20], each [B, H/f, W/f, latent_channels] in fp32 and in the autoencoder's own
+      scale; `to_latents` maps the mean to the transformer's.
+
+    Raises:
+      ValueError: H or W is no multiple of f, or the number of channels is not `in_channels`.
+    """
+    _check_channels("images", images, "in_channels", config.in_channels)
+    h, w = images.shape[1:3]
+    if h % config.downsampling or w % config.downsampling:
+        raise ValueError(f"images are {h} x {w}: resize or crop both sides to multiples of {config.downsampling}")
+    moments = nnx.merge(_graphdef(config), params).encode(images.astype(dtype)).astype(jnp.float32)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, -30, 20)
+
+
+def to_latents(config: VAEConfig, z: jax.Array) -> jax.Array:
+    """x = (z - shift_factor) scaling_factor: from the autoencoder's scale to the unit scale of the transformer."""
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def decode(config: VAEConfig, params: Params, latents: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Images of latents x in the transformer's scale: the decoder at z = x / scaling_factor + shift_factor.
+
+    Args:
+      config: the sizes of `params`.
+      params: as `init` returns them, in any float dtype.
+      latents: [B, h, w, latent_channels].
+      dtype: dtype of convolutions and matmuls; norm statistics are fp32 in any case.
+
+    Returns:
+      Images [B, f h, f w, out_channels] in fp32 with f = `config.downsampling`, nominally in [-1, 1] but not clipped.
+
+    Raises:
+      ValueError: the number of channels is not `latent_channels`.
+    """
+    _check_channels("latents", latents, "latent_channels", config.latent_channels)
+    z = latents.astype(jnp.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+    return nnx.merge(_graphdef(config), params).decode(z.astype(dtype)).astype(jnp.float32)
+
+
+def _check_channels(name: str, x: jax.Array, field: str, channels: int) -> None:
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"{name} have shape {x.shape}: pass [batch, height, width, {field}={channels}]")
+
+
+def tiled_decode(
+    config: VAEConfig,
+    params: Params,
+    latents: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+    tile: int = 64,
+    overlap: float = 0.25,
+) -> jax.Array:
+    """`decode` in overlapping square tiles, one at a time: activations take the memory of one tile.
+
+    Tiles are spread evenly, and where two overlap, the weight of the later one grows linearly from 0 to 1. A tile's
+    norms and attention see that tile alone: the result resembles `decode`'s, and equals it when one tile is enough.
+
+    Args:
+      config, params, latents, dtype: as for `decode`.
+      tile: side of a tile, in latents.
+      overlap: least part of a tile's side that is shared with the next tile, at most 0.5.
+
+    Returns:
+      Images as `decode` returns them.
+
+    Raises:
+      ValueError: `overlap` is above 0.5 or less than one latent.
+    """
+    if not 1 <= tile * overlap <= tile / 2:
+        raise ValueError(f"overlap={overlap} of tile={tile}: choose an overlap from 1/tile to 0.5")
+    (b, h, w, c), f = latents.shape, config.downsampling
+    rows, cols = (_tiles(size, tile, overlap, f) for size in (h, w))
+
+    def add(images, placed):
+        (row, weight_y), (col, weight_x) = placed
+        z = jax.lax.dynamic_slice(latents, (0, row, col, 0), (b, min(tile, h), min(tile, w), c))
+        part = decode(config, params, z, dtype) * weight_y[:, None, None] * weight_x[:, None]
+        start = (0, f * row, f * col, 0)
+        part += jax.lax.dynamic_slice(images, start, part.shape)
+        return jax.lax.dynamic_update_slice(images, part, start), None
+
+    y, x = np.indices((len(rows[0]), len(cols[0]))).reshape(2, -1)
+    grid = [array[y] for array in rows], [array[x] for array in cols]
+    return jax.lax.scan(add, jnp.zeros((b, f * h, f * w, config.out_channels)), grid)[0]
+
+
+def _tiles(size: int, tile: int, overlap: float, f: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts [n] of the tiles along a side, and the weights [n, f tile] of their pixels."""
+    tile, step = min(tile, size), tile - int(tile * overlap)
+    count = 1 + math.ceil((size - tile) / step)
+    starts = np.linspace(0, size - tile, count).round().astype(np.int32)
+
+    def ramp(k, pixels):
+        """From 0 to 1 where tiles k - 1 and k overlap. The weight r_k - r_(k+1) telescopes, so that all add up to 1."""
+        if k in (0, count):
+            return np.full(len(pixels), k == 0, np.float32)
+        return np.interp(pixels, (f * starts[k], f * (starts[k - 1] + tile)), (0, 1))
+
+    positions = f * starts[:, None] + np.arange(f * tile)
+    weights = [ramp(k, pixels) - ramp(k + 1, pixels) for k, pixels in enumerate(positions)]
+    return starts, np.stack(weights).astype(np.float32)
+
+
+def _release(config: VAEConfig) -> dict[str, Any]:
+    """What config.json says besides the sizes; other values are of models that this one cannot run."""
+    stages = len(config.block_out_channels)
+    return {
+        "_class_name": CLASS_NAME,
+        "act_fn": "silu",
+        "down_block_types": stages * ["DownEncoderBlock2D"],
+        "up_block_types": stages * ["UpDecoderBlock2D"],
+        "latents_mean": None,
+        "latents_std": None,
+    }
+
+
+def _skeleton(config: VAEConfig) -> Params:
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def _table(config: VAEConfig) -> list[Rule]:
+    return [_rule(path, leaf) for path, leaf in traverse_util.flatten_dict(_skeleton(config), sep="/").items()]
+
+
+def _rule(path: str, leaf: jax.ShapeDtypeStruct) -> Rule:
+    module, _, name = path.rpartition("/")
+    return Rule(f"{module.replace('/', '.')}.{'bias' if name == 'bias' else 'weight'}", path, TO_OURS.get(leaf.ndim))
+
+
+def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[VAEConfig, Params]:
+    """Reads an autoencoder as diffusers saves it, today's or an older one with `query`, `key`, `value`, `proj_attn`.
+
+    Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
+    folder of another model, an unsupported config, or tensors that do not fit the config.
+    """
+    raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
+    config = VAEConfig(**weights.known_fields(VAEConfig, raw))
+    weights.read_config(folder, _release(config))
+    tensors = {_current(name): tensor for name, tensor in weights.read_safetensors(folder).items()}
+    return config, weights.load(_table(config), _skeleton(config), tensors, dtype=dtype)
+
+
+def _current(name: str) -> str:
+    return re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{RENAMED[match[1]]}.", name)
+
+
+def save_folder(folder: str | os.PathLike, config: VAEConfig, params: Params) -> None:
+    """Writes a folder that `load_folder` and diffusers' AutoencoderKL.from_pretrained open."""
+    weights.write_config(folder, _release(config) | dataclasses.asdict(config))
+    weights.write_safetensors(Path(folder) / FILE_NAME, weights.export(_table(config), params))

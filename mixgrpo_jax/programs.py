@@ -1,0 +1,106 @@
+"""The compiled programs of an iteration: prompt features, rollout, decoding and update, on a mesh."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mixgrpo_jax.config import Settings
+from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.rl import objectives
+from mixgrpo_jax.rl.update import init_state, make_update
+from mixgrpo_jax.runtime import mesh as meshes
+
+
+class Programs(NamedTuple):
+    """Jitted functions. `trained` is what the optimiser changes, `frozen` the policy's other parameters by part:
+    the text encoders, the VAE, and "base", see `policy.Trainable`."""
+
+    init: Any  # trained -> TrainState; takes the buffers over
+    features: Any  # frozen, tokens -> cond
+    rollout: Any  # trained, frozen, plan, cond, key -> Rollout
+    decode: Any  # frozen, x0 [B, S, C] -> images [B, H, W, 3] uint8
+    update: Any  # TrainState, base, rows, advantage, group_id, cond, train -> TrainState, metrics
+
+    def compilations(self) -> int:
+        """Versions of the rollout and of the update compiled so far: two, if nothing moved that should be data."""
+        return self.rollout._cache_size() + self.update._cache_size()
+
+
+def make_programs(settings: Settings, parts: policies.Parts, trainable: policies.Trainable, mesh: Any) -> Programs:
+    """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
+    config = settings.config
+    policy = policies.make(parts, config.model)
+    whole: Any = meshes.replicated(mesh)
+    by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
+    by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
+    sampled = Rollout(by_sample, Rows(by_row, by_row, by_row, whole, whole), whole)
+
+    optimiser = make_optimiser(config.optimizer)
+    fresh = functools.partial(init_state, optimiser=optimiser)
+    place = meshes.shardings(jax.eval_shape(fresh, trainable.params), policies.RULES, mesh)
+    return Programs(
+        init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
+        features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, config.batch.prompts)),
+        rollout=jax.jit(make_rollout(settings, parts, trainable.attach), out_shardings=sampled),
+        decode=jax.jit(policy.decode, out_shardings=by_sample),
+        # The state must leave as it came: in another layout, it would compile both programs again.
+        update=jax.jit(
+            _make_update(settings, policy, trainable.attach, optimiser),
+            donate_argnums=(0,),
+            out_shardings=(place, whole),
+        ),
+    )
+
+
+def make_rollout(settings: Settings, parts: policies.Parts, attach: Any) -> Any:
+    """`run(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
+    policy = policies.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
+    batch = settings.config.batch
+    repeats = 1 if batch.shared_noise else batch.group
+
+    def run(trained, frozen, plan, cond, key) -> Rollout:
+        noise_key, step_key = jax.random.split(key)
+        cond = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), cond)
+        noise: Array = initial_noise(
+            settings.sampler, noise_key, jnp.arange(batch.prompts * repeats), policy.latent_shape
+        )
+        return rollout(
+            policy.velocity,
+            attach(trained, frozen["base"]),
+            plan,
+            noise,
+            cond,
+            step_key,
+            sampler=settings.sampler,
+            window_length=settings.plan.window_length,
+            group_size=batch.group // repeats,
+        )
+
+    return run
+
+
+def _make_update(settings: Settings, policy: policies.Policy, attach: Any, optimiser: Any) -> Any:
+    objective = objectives.grpo(policy.velocity, settings.sampler, settings.objective)
+    config = settings.config
+    return make_update(
+        lambda trained, base, row: objective(attach(trained, base), base, row),
+        optimiser,
+        num_updates=config.batch.updates,
+        micro_batch=config.batch.micro_batch,
+        ema_decay=config.optimizer.ema_decay,
+    )
+
+
+def make_optimiser(options: Any) -> optax.GradientTransformation:
+    """AdamW behind gradient-norm clipping, with linear warm-up to a constant rate."""
+    rate = options.learning_rate
+    schedule = optax.linear_schedule(rate / options.warmup, rate, options.warmup - 1) if options.warmup > 1 else rate
+    return optax.chain(
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
+    )

@@ -1,0 +1,274 @@
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixgrpo_jax.models import attention as module
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.attention import attention, block_size
+from mixgrpo_jax.models.remat import REMAT, rematerialise
+
+FLUX = flux.flux_small(num_layers=3, num_single_layers=5)  # numbers that tell the stacked residuals apart
+WIDTH, HEADS = FLUX.width, FLUX.num_attention_heads
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, run by the CPU."""
+    kernel = functools.partial(module.splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(module.splash, "make_splash_mha", kernel)
+
+
+def rows(length, heads=2, dim=16, batch=2, dtype=np.float32):
+    rng = np.random.default_rng(length)
+    return tuple(rng.normal(size=(batch, length, heads, dim)).astype(dtype) for _ in range(3))
+
+
+def values_and_pullback(q, k, v, **options):
+    """Attention and the gradient of its squared norm, for a loss that weighs every row."""
+    y, pull = jax.vjp(functools.partial(attention, **options), q, k, v)
+    return y, *pull(y)
+
+
+def softmax_attention(q, k, v, scale):
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    return y.reshape(*y.shape[:2], -1)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_xla_is_the_equation(scale):
+    q, k, v = rows(7)
+    expected = softmax_attention(q, k, v, 16**-0.5 if scale is None else scale)
+    np.testing.assert_allclose(attention(q, k, v, scale=scale), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 77, 128, 129, 511, 512, 513, 600, 1100, 2537, 4608])
+def test_tiles_cover_the_sequence_with_little_padding(length):
+    block = block_size(length)
+    tiles = -(-length // block)
+    assert block % module.LANES == 0 and block <= module.MAX_BLOCK
+    assert tiles == -(-length // module.MAX_BLOCK)
+    assert tiles * block - length < tiles * module.LANES
+
+
+@pytest.mark.parametrize(
+    "length, dim, scale",
+    [
+        pytest.param(5, 128, None, id="one padded tile"),
+        pytest.param(128, 16, 0.7, id="no padding"),
+        pytest.param(517, 16, None, id="two tiles, the second padded", marks=pytest.mark.slow),
+    ],
+)
+def test_splash_is_xla_forward_and_backward(interpreted, length, dim, scale):
+    inputs = rows(length, dim=dim)
+    program = jax.jit(functools.partial(values_and_pullback, scale=scale), static_argnames="backend")
+    for ours, expected in zip(program(*inputs, backend="splash"), program(*inputs, backend="xla")):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_splash_in_bf16_is_as_exact_as_xla(interpreted):
+    inputs = rows(40)
+    exact = values_and_pullback(*inputs)
+    half = [x.astype(jnp.bfloat16) for x in inputs]
+    splash, xla = (values_and_pullback(*half, backend=backend) for backend in ("splash", "xla"))
+    for ours, theirs, value in zip(splash, xla, exact):
+        assert ours.dtype == jnp.bfloat16
+        error, known = (np.linalg.norm(np.asarray(x, np.float32) - value) for x in (ours, theirs))
+        assert error < 1.5 * known
+
+
+def test_auto_is_xla_without_an_accelerator_and_with_a_bias(monkeypatch):
+    inputs = rows(6)
+    np.testing.assert_array_equal(attention(*inputs, backend="auto"), attention(*inputs))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    bias = np.ones((1, 1, 6, 6), np.float32)
+    np.testing.assert_array_equal(attention(*inputs, backend="auto", bias=bias), attention(*inputs, bias=bias))
+
+
+@pytest.mark.parametrize(
+    "device, dtype, primitive",
+    [("tpu", jnp.float32, "splash_mha_fwd"), ("gpu", jnp.bfloat16, "cudnn"), ("gpu", jnp.float32, None)],
+)
+def test_auto_takes_the_fused_kernel_of_the_device(monkeypatch, device, dtype, primitive):
+    called = []
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **options: called.append(options) or q)
+    program = str(jax.make_jaxpr(functools.partial(attention, backend="auto"))(*rows(6, dtype=dtype)))
+    if device == "tpu":
+        assert primitive in program and not called
+    else:
+        assert called[0]["implementation"] == (primitive or "xla")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(backend="flash"), r"attention='flash' is unknown: choose one of \('auto', 'xla', 'cudnn', 'splash'\)"),
+        (dict(backend="splash", bias=np.zeros((1, 1, 6, 6))), "attention='splash' takes no bias: use attention='xla'"),
+        (dict(backend="cudnn", bias=np.zeros((1, 1, 6, 6))), "attention='cudnn' takes no bias"),
+        (dict(backend="cudnn"), "attention='cudnn' needs bfloat16 or float16, got float32"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*rows(6), **options)
+
+
+@functools.cache
+def residual_bytes(remat, backend):
+    """What one double block and one single block of FLUX store for the backward pass, per token."""
+    params = jax.eval_shape(functools.partial(flux.init, FLUX), jax.random.key(0))
+
+    def pullback(params, tokens):
+        x, ids = jnp.ones((1, tokens - 8, FLUX.in_channels)), jnp.zeros((tokens - 8, 3))
+        text, pooled = jnp.ones((1, 8, FLUX.joint_attention_dim)), jnp.ones((1, FLUX.pooled_projection_dim))
+        options = dict(dtype=jnp.bfloat16, remat=remat, attention=backend)
+        return jax.vjp(lambda p: flux.apply(FLUX, p, x, 0.5, text, pooled, 3.5, ids, **options), params)[1]
+
+    def stored(tokens):
+        # The leaves of a pullback are its residuals; a scan stacks those of its blocks.
+        leaves = jax.tree.leaves(jax.eval_shape(functools.partial(pullback, tokens=tokens), params))
+        stacked = [leaf for leaf in leaves if leaf.ndim]
+        return np.asarray([sum(x.size * x.dtype.itemsize for x in stacked if len(x) == n) / n for n in (3, 5)])
+
+    # Lengths of whole tiles, so that no padding enters the difference.
+    return (stored(256) - stored(128)) / 128
+
+
+@pytest.mark.parametrize(
+    "remat, backend, double, single",
+    [
+        ("block", "xla", 2 * WIDTH, 2 * WIDTH),
+        ("block", "splash", 2 * WIDTH, 2 * WIDTH),
+        ("attention", "xla", 4 * WIDTH, 4 * WIDTH),
+        ("attention", "splash", 4 * WIDTH + 4 * HEADS, 4 * WIDTH + 4 * HEADS),
+        ("dots", "splash", 22 * WIDTH + 4 * HEADS, 20 * WIDTH + 4 * HEADS),
+    ],
+)
+def test_a_block_keeps_the_bytes_that_its_policy_says(remat, backend, double, single):
+    np.testing.assert_array_equal(residual_bytes(remat, backend), [double, single])
+
+
+def test_policies_are_ordered_by_what_they_keep():
+    kept = [residual_bytes(remat, "splash") for remat in REMAT]
+    assert REMAT == ("none", "dots", "attention", "block")
+    assert all((more > less).all() for more, less in itertools.pairwise(kept))
+
+
+@pytest.mark.parametrize("remat, runs", [("none", 1), ("dots", 1), ("attention", 1), ("block", 2)])
+@pytest.mark.parametrize("backend, kernel", [("splash", "splash_mha_fwd"), ("cudnn", "attention_fwd_wrapper")])
+def test_kept_attention_is_not_run_again(monkeypatch, backend, kernel, remat, runs):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q, k, v = rows(128, dtype=jnp.bfloat16)
+
+    def loss(scale):
+        block = rematerialise(
+            lambda x, _: (x + attention(scale * x, k, v, backend=backend).reshape(x.shape), None), remat
+        )
+        return jax.lax.scan(block, q, length=2)[0].astype(jnp.float32).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.bfloat16(1)))
+    assert len(re.findall(rf"{kernel}\w*\[|name={kernel}\w*", program)) == runs
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_rematerialisation_keeps_the_gradients(remat):
+    stored, kept = (gradient_of_a_stack(name) for name in ("none", remat))
+    assert np.abs(stored).max() > 1
+    np.testing.assert_allclose(kept, stored, rtol=1e-5, atol=1e-6)
+
+
+def gradient_of_a_stack(remat):
+    weights = np.random.default_rng(0).normal(size=(3, 32, 32), scale=32**-0.5).astype(np.float32)
+    q, k, v = rows(9)
+
+    def loss(weights):
+        def block(x, w):
+            y = attention(jnp.tanh(x @ w).reshape(q.shape), k, v)
+            return x + y @ w, None
+
+        return jnp.square(jax.lax.scan(rematerialise(block, remat), q.reshape(2, 9, 32), weights)[0]).sum()
+
+    return jax.jit(jax.grad(loss))(weights)
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(ValueError, match=r"remat='full' is unknown: choose one of \('none', 'dots'"):
+        rematerialise(lambda x, w: (x, None), "full")
+
+
+ON_A_MESH = """
+import functools, sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mixgrpo_jax.models import attention as module
+module.splash.make_splash_mha = functools.partial(module.splash.make_splash_mha, interpret=True)
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+rng = np.random.default_rng(0)
+for batch, heads, shards in ((4, 2, 8), (3, 1, 1)):
+    q, k, v = rng.normal(size=(3, batch, 6, heads, 16)).astype(np.float32)
+    expected = module.attention(q, k, v)
+    with jax.set_mesh(mesh):
+        program = jax.jit(functools.partial(module.attention, backend="splash"))
+        y = program(q, k, v)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert len({str(shard.index) for shard in y.addressable_shards}) == shards, y.sharding
+"""
+
+
+def run(program, **environment):
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_splash_on_a_mesh_splits_samples_and_heads_where_they_divide():
+    run(ON_A_MESH, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+FOR_TPU = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mixgrpo_jax.models import flux
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
+config = flux.flux_small(attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56))
+
+def array(*shape, spec=P()):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+def temporaries(attention):
+    def loss(params, x, text, pooled):
+        ids = np.zeros((2025, 3), np.float32)
+        options = dict(dtype=jnp.bfloat16, remat="attention", attention=attention)
+        return flux.apply(config, params, x, 0.5, text, pooled, 3.5, ids, **options).sum()
+
+    shapes = jax.eval_shape(functools.partial(flux.init, config), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: array(*leaf.shape), shapes)
+    inputs = [array(4, *shape, spec=P("fsdp")) for shape in ((2025, 96), (512, 128), (128,))]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(params, *inputs).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+print(temporaries("splash"), temporaries("xla"))
+"""
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_splash_and_needs_less_memory_than_for_xla():
+    pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
+    splash, xla = map(int, run(FOR_TPU, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1").split())
+    assert splash < xla / 2
