@@ -6,10 +6,10 @@
     python -m mixgrpo_jax.convert --source=runs/flux --target=adapters --to=lora
 
 The source is a pipeline's folder (of which transformer/ is read), a transformer's folder as diffusers saves it or as
-`--to=orbax` writes it, FLUX.1's original single file, or a run's workdir. The target is a new folder, which appears when
-it is complete: for `diffusers`, one that FluxTransformer2DModel.from_pretrained opens; for `orbax`, config.json and a
-checkpoint in our own layout, which training reads fastest; for `lora`, the adapters that a run has trained, as
-load_lora_weights opens them. No step holds more than one parameter in memory.
+`--to=orbax` writes it, FLUX.1's original single file, or a run's workdir. The target is a new folder, which appears
+when it is complete: for `diffusers`, one that FluxTransformer2DModel.from_pretrained opens; for `orbax`, config.json
+and a checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, the adapters that a
+run has trained, as load_lora_weights opens them. Parameters are read and written one by one.
 """
 
 import contextlib
@@ -130,34 +130,32 @@ def _trained(run: Run, dtype: Any, merge: bool) -> Source:
         raise ValueError("the run has trained adapters (LoRA): write them with --to=lora, or add --merge for a model")
     if merge and not run.lora.rank:
         raise ValueError("--merge: the run has trained all parameters, and has no adapters to merge")
-    params = merged(run) if run.lora.rank else run.trained
-    return Source(run.base.config, run.base.fields, jax.tree.map(lambda leaf: _cast(leaf, dtype or leaf.dtype), params))
+    params = _merged(run, dtype) if run.lora.rank else jax.tree.map(lambda leaf: _cast(leaf, dtype), run.trained)
+    return Source(run.base.config, run.base.fields, params)
 
 
-def merged(run: Run) -> Params:
-    """The base with W + scale A B in place of each adapted kernel W, in fp32 (`Lazy`); the rest is as stored.
-
-    A kernel that is asked for in another dtype is so rounded once.
-    """
-    params = traverse_util.flatten_dict(run.base.params, sep="/")
+def _merged(run: Run, dtype: Any) -> Params:
+    params = traverse_util.flatten_dict(jax.tree.map(lambda leaf: _cast(leaf, dtype), run.base.params), sep="/")
+    kernels = traverse_util.flatten_dict(run.base.params, sep="/")
     adapters = traverse_util.flatten_dict(weights.place(run.trained), sep="/")
 
     def lazy_kernel(kernel, a, b):
         def read(index):
             base = {"layer": {"kernel": kernel[index].astype(np.float32)}}
             layer = lora.merge(base, {"layer": {"a": a[index], "b": b[index]}}, run.lora.scale)
-            return np.asarray(layer["layer"]["kernel"]).astype(kernel.dtype)
+            return np.asarray(layer["layer"]["kernel"])
 
-        return Lazy(kernel.shape, kernel.dtype, read)
+        return _cast(Lazy(kernel.shape, np.float32, read), dtype or kernel.dtype)
 
     for path in [path for path in adapters if path.endswith("/a")]:
         layer = path.removesuffix("/a")
-        params[f"{layer}/kernel"] = lazy_kernel(params[f"{layer}/kernel"], adapters[path], adapters[f"{layer}/b"])
+        params[f"{layer}/kernel"] = lazy_kernel(kernels[f"{layer}/kernel"], adapters[path], adapters[f"{layer}/b"])
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def _cast(leaf: Lazy, dtype: Any) -> Lazy:
-    return Lazy(leaf.shape, np.dtype(dtype), lambda index: leaf[index].astype(dtype, copy=False))
+    dtype = np.dtype(dtype or leaf.dtype)
+    return Lazy(leaf.shape, dtype, lambda index: leaf[index].astype(dtype, copy=False))
 
 
 def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:

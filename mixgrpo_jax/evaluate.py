@@ -50,7 +50,7 @@ def load_policy(settings: Settings, mesh: Any, master: bool = True) -> tuple[Par
 
 
 def make_draw(policy: Policy, options: Any, attach: Callable[[Any, Any], Any]) -> Callable[..., jax.Array]:
-    """`draw(trained, frozen, cond, noise) -> images`: deterministic sampling by a config's `evaluation` section, jitted.
+    """`draw(trained, frozen, cond, noise) -> images`: deterministic sampling by a config's `evaluation`, jitted.
 
     With `trained_steps` K, the trained policy takes the first K steps and the base the others (hybrid inference): what
     a picture says is decided early, what it looks like late.

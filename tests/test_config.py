@@ -19,7 +19,7 @@ def test_every_recipe_resolves(name):
 
 def test_recipes_differ_from_their_task_in_the_method_only():
     task = configs.load("signs", HERE).to_dict()
-    for name in RECIPES:
+    for name in [name for name in RECIPES if not name.startswith("flux")]:
         recipe = configs.load(name, HERE).to_dict()
         changed = {key for key in task if recipe[key] != task[key]}
         assert changed <= {"plan", "sampler", "batch", "advantage", "objective"}, name
@@ -64,7 +64,9 @@ def test_unknown_fields_and_wrong_types_are_refused():
         ("rewards.beauty", 1.0, "rewards.beauty.*choose from"),
         ("model.remat", "all", "model.remat='all'.*choose"),
         ("model.dtype", "float7", "model.dtype='float7'.*choose"),
-        ("model.codec", "vae", "model.codec='vae'.*choose"),
+        ("model.attention", "flash", "model.attention='flash'.*choose"),
+        ("model.lora.rank", -1, "lora.rank=-1 must be positive"),
+        ("evaluation.trained_steps", 21, r"evaluation.trained_steps=21 is not in 0..20"),
         ("data.name", "scenes", "data.name='scenes'.*choose"),
         ("evaluation.solver", "rk4", "evaluation.solver='rk4'.*choose"),
     ],

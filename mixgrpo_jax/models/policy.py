@@ -180,10 +180,8 @@ def text_functions(parts: Parts, length: int, dtype: Any) -> tuple[Callable, Cal
     def features(params, tokens):
         text = t5.apply(parts.text_encoder_2, params["text_encoder_2"], tokens["t5"], dtype)
         if parts.text_encoder:
-            return {
-                "text": text,
-                "pooled": clip.apply(parts.text_encoder, params["text_encoder"], tokens["clip"], dtype)[1],
-            }
+            _, pooled = clip.apply(parts.text_encoder, params["text_encoder"], tokens["clip"], dtype)
+            return {"text": text, "pooled": pooled}
         real = (tokens["t5"] != parts.tokenizer_2.pad_token_id)[..., None]
         return {"text": text, "pooled": (text * real).sum(1) / real.sum(1).astype(text.dtype)}
 
@@ -192,7 +190,8 @@ def text_functions(parts: Parts, length: int, dtype: Any) -> tuple[Callable, Cal
         for prompt, row in zip(prompts, rows):
             if len(row) > length:
                 raise ValueError(
-                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {length}: shorten it, or raise model.text_length"
+                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {length}: shorten it, or raise "
+                    "model.text_length"
                 )
         tokens = {"t5": np.asarray(rows, np.int32)}
         if parts.text_encoder:

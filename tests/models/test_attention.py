@@ -1,5 +1,4 @@
 import functools
-import itertools
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from mixgrpo_jax.models import attention as module
 from mixgrpo_jax.models import flux
@@ -31,10 +31,19 @@ def rows(length, heads=2, dim=16, batch=2, dtype=np.float32):
     return tuple(rng.normal(size=(batch, length, heads, dim)).astype(dtype) for _ in range(3))
 
 
-def values_and_pullback(q, k, v, **options):
-    """Attention and the gradient of its squared norm, for a loss that weighs every row."""
-    y, pull = jax.vjp(functools.partial(attention, **options), q, k, v)
-    return y, *pull(y)
+def values_and_gradients(inputs, **options):
+    """Attention, and the gradient of its squared norm / 2, a loss that weighs every row."""
+
+    @jax.jit
+    def program(q, k, v):
+        y, pull = jax.vjp(functools.partial(attention, **options), q, k, v)
+        return y, *pull(y)
+
+    return [np.asarray(value, np.float32) for value in program(*inputs)]
+
+
+def distance(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def softmax_attention(q, k, v, scale):
@@ -70,20 +79,16 @@ def test_tiles_cover_the_sequence_with_little_padding(length):
 )
 def test_splash_is_xla_forward_and_backward(interpreted, length, dim, scale):
     inputs = rows(length, dim=dim)
-    program = jax.jit(functools.partial(values_and_pullback, scale=scale), static_argnames="backend")
-    for ours, expected in zip(program(*inputs, backend="splash"), program(*inputs, backend="xla")):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+    splash, xla = (values_and_gradients(inputs, scale=scale, backend=backend) for backend in ("splash", "xla"))
+    assert max(map(distance, splash, xla)) < 1e-6
 
 
 def test_splash_in_bf16_is_as_exact_as_xla(interpreted):
-    inputs = rows(40)
-    exact = values_and_pullback(*inputs)
-    half = [x.astype(jnp.bfloat16) for x in inputs]
-    splash, xla = (values_and_pullback(*half, backend=backend) for backend in ("splash", "xla"))
-    for ours, theirs, value in zip(splash, xla, exact):
-        assert ours.dtype == jnp.bfloat16
-        error, known = (np.linalg.norm(np.asarray(x, np.float32) - value) for x in (ours, theirs))
-        assert error < 1.5 * known
+    inputs = rows(40, dtype=jnp.bfloat16)
+    exact = values_and_gradients([x.astype(np.float32) for x in inputs])
+    splash, xla = (values_and_gradients(inputs, backend=backend) for backend in ("splash", "xla"))
+    assert all(distance(ours, value) < 1.5 * distance(theirs, value) for ours, theirs, value in zip(splash, xla, exact))
+    assert jax.eval_shape(functools.partial(attention, backend="splash"), *inputs).dtype == jnp.bfloat16
 
 
 def test_auto_is_xla_without_an_accelerator_and_with_a_bias(monkeypatch):
@@ -147,7 +152,6 @@ def residual_bytes(remat, backend):
 @pytest.mark.parametrize(
     "remat, backend, double, single",
     [
-        ("block", "xla", 2 * WIDTH, 2 * WIDTH),
         ("block", "splash", 2 * WIDTH, 2 * WIDTH),
         ("attention", "xla", 4 * WIDTH, 4 * WIDTH),
         ("attention", "splash", 4 * WIDTH + 4 * HEADS, 4 * WIDTH + 4 * HEADS),
@@ -158,10 +162,8 @@ def test_a_block_keeps_the_bytes_that_its_policy_says(remat, backend, double, si
     np.testing.assert_array_equal(residual_bytes(remat, backend), [double, single])
 
 
-def test_policies_are_ordered_by_what_they_keep():
-    kept = [residual_bytes(remat, "splash") for remat in REMAT]
-    assert REMAT == ("none", "dots", "attention", "block")
-    assert all((more > less).all() for more, less in itertools.pairwise(kept))
+def test_to_recompute_nothing_is_dearest():
+    assert (residual_bytes("none", "splash") > 3 * residual_bytes("dots", "splash")).all()
 
 
 @pytest.mark.parametrize("remat, runs", [("none", 1), ("dots", 1), ("attention", 1), ("block", 2)])
@@ -178,29 +180,28 @@ def test_kept_attention_is_not_run_again(monkeypatch, backend, kernel, remat, ru
         )
         return jax.lax.scan(block, q, length=2)[0].astype(jnp.float32).sum()
 
-    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.bfloat16(1)))
-    assert len(re.findall(rf"{kernel}\w*\[|name={kernel}\w*", program)) == runs
-
-
-@pytest.mark.parametrize("remat", REMAT[1:])
-def test_rematerialisation_keeps_the_gradients(remat):
-    stored, kept = (gradient_of_a_stack(name) for name in ("none", remat))
-    assert np.abs(stored).max() > 1
-    np.testing.assert_allclose(kept, stored, rtol=1e-5, atol=1e-6)
+    program = jax.make_jaxpr(jax.grad(loss))(jnp.bfloat16(1)).jaxpr
+    alive, _ = dce_jaxpr(program, [True])
+    assert len(re.findall(rf"{kernel}\w*\[|name={kernel}\w*", str(alive))) == runs
 
 
 def gradient_of_a_stack(remat):
     weights = np.random.default_rng(0).normal(size=(3, 32, 32), scale=32**-0.5).astype(np.float32)
     q, k, v = rows(9)
 
-    def loss(weights):
-        def block(x, w):
-            y = attention(jnp.tanh(x @ w).reshape(q.shape), k, v)
-            return x + y @ w, None
+    def block(x, w):
+        return x + attention(jnp.tanh(x @ w).reshape(q.shape), k, v) @ w, None
 
+    def loss(weights):
         return jnp.square(jax.lax.scan(rematerialise(block, remat), q.reshape(2, 9, 32), weights)[0]).sum()
 
-    return jax.jit(jax.grad(loss))(weights)
+    return np.asarray(jax.jit(jax.grad(loss))(weights))
+
+
+def test_every_policy_gives_the_same_gradients():
+    stored, *others = map(gradient_of_a_stack, REMAT)
+    assert np.abs(stored).max() > 1
+    assert all(distance(gradient, stored) < 1e-6 for gradient in others)
 
 
 def test_an_unknown_policy_is_named():
@@ -209,21 +210,20 @@ def test_an_unknown_policy_is_named():
 
 
 ON_A_MESH = """
-import functools, sys
+import functools
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mixgrpo_jax.models import attention as module
-module.splash.make_splash_mha = functools.partial(module.splash.make_splash_mha, interpret=True)
+from mixgrpo_jax.models.attention import attention, splash
+splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 rng = np.random.default_rng(0)
-for batch, heads, shards in ((4, 2, 8), (3, 1, 1)):
-    q, k, v = rng.normal(size=(3, batch, 6, heads, 16)).astype(np.float32)
-    expected = module.attention(q, k, v)
-    with jax.set_mesh(mesh):
-        program = jax.jit(functools.partial(module.attention, backend="splash"))
-        y = program(q, k, v)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    assert len({str(shard.index) for shard in y.addressable_shards}) == shards, y.sharding
+q, k, v = rng.normal(size=(3, 4, 6, 2, 16)).astype(np.float32)
+program = jax.jit(functools.partial(attention, backend="splash"))
+with jax.set_mesh(mesh):
+    y = program(q, k, v)
+    program.lower(q[:3], k[:3], v[:3])  # three samples on four devices: each has them all
+np.testing.assert_allclose(y, attention(q, k, v), rtol=1e-5, atol=1e-6)
+assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3), y.sharding
 """
 
 

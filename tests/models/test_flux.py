@@ -168,7 +168,6 @@ def test_bf16_error_is_that_of_torch(transformer_class, tmp_path, name, grid, te
     for times in ({}, bf16_times):
         ours = apply(config, params, **(inputs | times), dtype=jnp.bfloat16)
         assert ours.dtype == jnp.float32
-        print("RATIO", name, grid, relative_error(ours, run_torch(exact, inputs | times)) / bound)
         assert 1e-4 < relative_error(ours, run_torch(exact, inputs | times)) < 1.5 * bound
 
 

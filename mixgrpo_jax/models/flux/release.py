@@ -83,7 +83,7 @@ def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndar
             f"{file} has no tensor {absent[0]}, it is no original release of FLUX.1. A file of a diffusers model is "
             "opened by the folder that holds it and config.json; adapters (LoRA) are opened with their base"
         )
-    config = _config(tensors)
+    config = config_of(tensors)
     if (outputs := tensors["final_layer.linear.weight"].shape[0]) != config.in_channels:
         raise ValueError(
             f"{file}: img_in takes {config.in_channels} channels and final_layer gives {outputs}, which is not "
@@ -92,7 +92,8 @@ def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndar
     return config, tensors
 
 
-def _config(tensors: Mapping[str, np.ndarray]) -> FluxConfig:
+def config_of(tensors: Mapping[str, np.ndarray]) -> FluxConfig:
+    """The sizes that the tensors' shapes tell."""
     width, in_channels = tensors["img_in.weight"].shape
     (head,) = tensors["single_blocks.0.norm.query_norm.scale"].shape
     return FluxConfig(

@@ -76,6 +76,7 @@ class Source(NamedTuple):
     checkpoint: Path | None = None
 
 
+@functools.cache
 def skeleton(config: FluxConfig) -> Params:
     """Shapes of the parameters."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))

@@ -1,0 +1,373 @@
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from mixgrpo_jax import convert as converter
+from mixgrpo_jax.convert import convert
+from mixgrpo_jax.models import flux, lora, weights
+from mixgrpo_jax.models.flux import weights as flux_weights
+from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.rl.update import init_state
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from tests.models.test_release import released
+
+CONFIG = flux.flux_small(
+    in_channels=12,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=32,
+    num_attention_heads=2,
+    joint_attention_dim=20,
+    pooled_projection_dim=10,
+    axes_dims_rope=(4, 14, 14),
+)
+LORA = LoraConfig(rank=2, alpha=3.0, targets=r"double_blocks/.*/q|image_in")
+FIELDS = {"_diffusers_version": "0.30.0.dev0", "out_channels": None, "_name_or_path": "a"}
+
+
+def random_params(seed=0, dtype=np.float32, like=None):
+    rng = np.random.default_rng(seed)
+    like = flux_weights.skeleton(CONFIG) if like is None else like
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), like)
+
+
+def save_transformer(folder, dtype=np.float32, shard_size=10**10):
+    fields = {"_class_name": "FluxTransformer2DModel", "patch_size": 1} | FIELDS | dataclasses.asdict(CONFIG)
+    flux_weights.save_folder(folder, CONFIG, random_params(dtype=dtype), fields=fields, shard_size=shard_size)
+    return folder
+
+
+def tensors_of(folder):
+    return {name: np.array(tensor) for name, tensor in weights.read_safetensors(folder).items()}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], strict=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, shard_size, files", [(np.float32, 10**10, 1), (ml_dtypes.bfloat16, 10**10, 1), (np.float32, 10**6, 3)]
+)
+def test_a_round_trip_gives_every_bit_back(tmp_path, capsys, dtype, shard_size, files):
+    source = save_transformer(tmp_path / "pipeline" / "transformer", dtype, shard_size)
+    convert(tmp_path / "pipeline", tmp_path / "ours", "orbax")
+    convert(tmp_path / "ours", tmp_path / "back", "diffusers", shard_size=shard_size)
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
+    assert config_of(tmp_path / "back") == config_of(source) == config_of(tmp_path / "ours")
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) == len(list(source.glob("*.safetensors"))) >= files
+    assert (tmp_path / "back" / "diffusion_pytorch_model.safetensors.index.json").exists() == (files > 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours", "pipeline"]
+    assert "back: " in (printed := capsys.readouterr().out) and "MB/s), peak memory" in printed
+
+
+def test_diffusers_opens_what_we_write_and_we_what_it_writes(tmp_path):
+    torch = pytest.importorskip("torch")
+    model_class = pytest.importorskip("diffusers").FluxTransformer2DModel
+    torch.manual_seed(0)
+    model = model_class(patch_size=1, **dataclasses.asdict(CONFIG)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")
+    assert (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    convert(tmp_path / "theirs", tmp_path / "ours", "orbax")
+    convert(tmp_path / "ours", tmp_path / "back", "diffusers", shard_size=300_000)
+    back = model_class.from_pretrained(tmp_path / "back", torch_dtype=torch.bfloat16)
+    assert back.config == model_class.from_pretrained(tmp_path / "theirs").config | {"_name_or_path": back.name_or_path}
+    expected = model.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+
+
+@pytest.mark.parametrize("to", ["diffusers", "orbax"])
+def test_the_original_file_is_read(tmp_path, to):
+    weights.write_safetensors(tmp_path / "flux.safetensors", released())
+    convert(tmp_path / "flux.safetensors", tmp_path / "out", to)
+    config, params = flux.load_folder(tmp_path / "out")
+    expected_config, expected = flux.load_folder(tmp_path / "flux.safetensors")
+    assert config == expected_config == CONFIG
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, expected)
+
+
+def test_dtype_is_that_asked_for(tmp_path):
+    source = save_transformer(tmp_path / "source")
+    convert(source, tmp_path / "ours", "orbax", dtype="bfloat16")
+    convert(tmp_path / "ours", tmp_path / "back", "diffusers", dtype="float32")
+    for name, tensor in tensors_of(source).items():
+        rounded = tensor.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(tensors_of(tmp_path / "back")[name], rounded, strict=True)
+
+
+def save_run(workdir, base, settings, trained, average):
+    """A run's workdir, as train leaves it."""
+    state = init_state(jax.tree.map(jnp.asarray, trained), optax.adam(1e-3))
+    state = state._replace(ema=jax.tree.map(jnp.asarray, average))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(1, init_state(jax.tree.map(jnp.zeros_like, state.params), optax.adam(1e-3)), {}, force=True)
+    checkpoints.save(2, state, {"window": {}}, force=True)
+    checkpoints.close()
+    model = {"folder": str(base.parent), "transformer": "", "lora": dataclasses.asdict(settings)}
+    (workdir / "config.json").write_text(json.dumps({"seed": 0, "model": model}))
+    return workdir
+
+
+def random_adapters(seed, config=LORA):
+    params = flux_weights.skeleton(CONFIG)
+    return random_params(seed, like=jax.eval_shape(lambda key: lora.init(config, params, key), jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    base = save_transformer(folder / "base" / "transformer", ml_dtypes.bfloat16)
+    return save_run(folder / "run", base, LoraConfig(), random_params(1), random_params(2))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    base = save_transformer(folder / "base" / "transformer", ml_dtypes.bfloat16)
+    return save_run(folder / "run", base, LORA, random_adapters(1), random_adapters(2))
+
+
+@pytest.mark.parametrize("to, which, seed", [("diffusers", "ema", 2), ("diffusers", "raw", 1), ("orbax", "ema", 2)])
+def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
+    convert(full_run, tmp_path / "out", to, which=which)
+    _, params = flux.load_folder(tmp_path / "out")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(seed))
+    assert config_of(tmp_path / "out").items() >= FIELDS.items()
+
+
+@pytest.mark.parametrize("dtype, to", [("", "diffusers"), ("float32", "orbax")])
+def test_adapters_are_merged_into_their_base(tmp_path, lora_run, dtype, to):
+    convert(lora_run, tmp_path / "out", to, merge=True, dtype=dtype)
+    _, params = flux.load_folder(tmp_path / "out")
+    base = random_params(dtype=ml_dtypes.bfloat16)
+    exact = lora.merge(jax.tree.map(lambda leaf: leaf.astype(np.float32), base), random_adapters(2), LORA.scale)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype or ml_dtypes.bfloat16), exact)
+    if dtype:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, expected)
+    else:
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, expected)
+    assert np.abs(params["image_in"]["kernel"].astype(np.float32) - base["image_in"]["kernel"]).max() > 0.1
+
+
+def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run):
+    convert(lora_run, tmp_path / "out", "lora", which="raw")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    adapters, scale = lora.load(tmp_path / "out", flux_weights.TABLE, flux_weights.skeleton(CONFIG))
+    assert scale == LORA.scale
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, random_adapters(1))
+
+
+ON_A_MESH = """
+import sys
+import jax, numpy as np
+from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.runtime import mesh as meshes
+
+mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+_, host = flux.load_folder(sys.argv[1])
+for path in sys.argv[1:]:
+    _, params = flux.load_folder(path, shardings=lambda shapes: meshes.shardings(shapes, policy.RULES, mesh))
+    assert jax.tree.map(lambda a: a.sharding, params) == meshes.shardings(host, policy.RULES, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b, strict=True), params, host)
+    kernel = params["single_blocks"]["mlp_in"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 64 // 4, 256 // 2)}
+"""
+
+
+def test_every_kind_of_source_streams_onto_a_mesh(tmp_path):
+    weights.write_safetensors(tmp_path / "flux.safetensors", released(dtype=ml_dtypes.bfloat16))
+    for to in ("diffusers", "orbax"):
+        convert(tmp_path / "flux.safetensors", tmp_path / to, to)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    command = [sys.executable, "-c", ON_A_MESH, "diffusers", "orbax", "flux.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def sd3(folder):
+    change_json(save_transformer(folder) / "config.json", _class_name="SD3Transformer2DModel")
+
+
+def t5(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"]}))
+
+
+def no_config(folder):
+    (save_transformer(folder) / "config.json").unlink()
+
+
+def adapters_only(folder):
+    lora.save(folder, flux_weights.TABLE, random_adapters(0), 1.0)
+
+
+def pickled(folder):
+    save_transformer(folder)
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+
+
+def truncated(folder):
+    file = save_transformer(folder, shard_size=10**6) / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size - 1)
+
+
+def shard_missing(folder):
+    (save_transformer(folder, shard_size=10**6) / "diffusion_pytorch_model-00003-of-00003.safetensors").unlink()
+
+
+def no_orbax(folder):
+    no_config(folder)
+    save_transformer(folder)
+    (folder / "orbax").mkdir()
+
+
+def other_orbax(folder):
+    convert(save_transformer(folder.with_name("diffusers")), folder, "orbax")
+    change_json(folder / "config.json", num_single_layers=2)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: None, "there is no .*source: give a transformer's folder"),
+        (sd3, "SD3Transformer2DModel.*needs 'FluxTransformer2DModel'"),
+        (t5, "config.json has _class_name=None.*needs 'FluxTransformer2DModel'"),
+        (no_config, "there is no .*config.json: give a model's folder"),
+        (adapters_only, "holds adapters"),
+        (pickled, r"model\.bin is pickled"),
+        (truncated, r"00002-of-00003\.safetensors has \d+ bytes, and its header says"),
+        (shard_missing, r"index\.json names diffusion_pytorch_model-00003-of-00003\.safetensors, which is not there"),
+        (no_orbax, "orbax is no Orbax checkpoint"),
+        (other_orbax, r"orbax has .* of shape \(3, .*config expects \(2, "),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused_before_anything_is_written(tmp_path, make, message):
+    make(tmp_path / "source")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "target", "diffusers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "run, options, message",
+    [
+        ("lora_run", dict(to="diffusers"), "--to=lora, or add --merge"),
+        ("lora_run", dict(to="lora", dtype="bfloat16"), "--dtype=bfloat16: adapters are written in fp32"),
+        ("full_run", dict(to="lora"), r"model\.lora\.rank=0.*use --to=diffusers"),
+        ("full_run", dict(to="diffusers", merge=True), "--merge: the run has trained all parameters"),
+        ("full_run", dict(to="gguf"), "--to='gguf' is unknown: choose one of"),
+        ("full_run", dict(to="orbax", dtype="float16"), "--dtype='float16' is unknown"),
+        ("full_run", dict(to="orbax", which="best"), "--weights='best' is unknown"),
+    ],
+)
+def test_options_must_fit_the_run(tmp_path, request, run, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(request.getfixturevalue(run), tmp_path / "target", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to, merge, message", [("lora", False, "no run's workdir"), ("orbax", True, "no adapters")])
+def test_a_model_is_no_run(tmp_path, to, merge, message):
+    source = save_transformer(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "target", to, merge=merge)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda run, model: model | {"folder": "elsewhere"},
+            "names the base elsewhere/transformer, which is not there",
+        ),
+        (lambda run, model: model | {"lora": model["lora"] | {"rank": 4}}, r"iteration 2, has .*/a of shape.*expects"),
+        (
+            lambda run, model: model | {"lora": model["lora"] | {"targets": ".*/k"}},
+            "iteration 2, lacks double_blocks/.*k/a",
+        ),
+        (lambda run, model: shutil.rmtree(run / "checkpoints" / "2") or model, "iteration 1, has|lacks|finished"),
+        (lambda run, model: None, r"there is no .*config\.json, which names the run's base"),
+    ],
+)
+def test_a_run_must_fit_its_base(tmp_path, lora_run, change, message):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    if message.startswith("iteration 1"):
+        shutil.rmtree(run / "checkpoints" / "1")
+    config = config_of(run)
+    model = change(run, config["model"])
+    (run / "config.json").write_text(json.dumps(config | {"model": model})) if model else (run / "config.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        convert(run, tmp_path / "target", "lora")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_target_that_is_there_is_kept(tmp_path):
+    source = save_transformer(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    convert(source, tmp_path / "target", "diffusers")
+    before = tensors_of(tmp_path / "target")
+    with pytest.raises(ValueError, match="is there already: give a new folder"):
+        convert(source, tmp_path / "target", "diffusers", dtype="bfloat16")
+    assert_same(tensors_of(tmp_path / "target"), before)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "orbax"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, to, error):
+    source = save_transformer(tmp_path / "source")
+    written = []
+
+    def interrupt(self, num_bytes):
+        written.append(num_bytes)
+        if len(written) == 20:
+            raise error("stopped")
+
+    monkeypatch.setattr(converter.tqdm, "update", interrupt)
+    with pytest.raises(error, match="stopped"):
+        convert(source, tmp_path / "target", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_killed_conversion_left_does_not_open_and_is_cleared_away(tmp_path, monkeypatch):
+    source = save_transformer(tmp_path / "source", shard_size=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "write_config", lambda *args: None)
+        patch.setattr(converter.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(converter.pathlib.Path, "rename", lambda *args: None)
+        convert(source, tmp_path / "target", "diffusers")
+    with pytest.raises(ValueError, match=r"there is no .*config\.json"):
+        flux.load_folder(tmp_path / "target.partial")
+    convert(source, tmp_path / "target", "diffusers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch):
+    source = save_transformer(tmp_path / "source")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"has 1\.0 MB left, and .*target takes 2\.2 MB: make room"):
+        convert(source, tmp_path / "target", "orbax")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
