@@ -1,7 +1,7 @@
 """Compute prompts' features once, to train and evaluate without the text encoders.
 
     python -m mixgrpo_jax.encode --source=FLUX.1-dev --prompts=prompts.txt --target=data/hpd
-    python -m mixgrpo_jax.train --config=configs/flux_dev.py --config.data.name=features --config.data.folder=data/hpd
+    python -m mixgrpo_jax.train --config=configs/flux_dev_mixgrpo.py --config.data.folder=data/hpd --workdir=runs/flux
 
 The source is a folder as diffusers lays it out, with text_encoder_2/ (T5) and tokenizer_2/, and for FLUX.1 also
 text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in bfloat16. A prompt of FLUX.1-dev

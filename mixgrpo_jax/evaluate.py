@@ -29,17 +29,20 @@ from mixgrpo_jax.runtime import checkpoint, report
 from mixgrpo_jax.runtime import mesh as meshes
 
 
-def load_policy(settings: Settings, mesh: Any, master: bool = True) -> tuple[Parts, Policy, Trainable, dict[str, Any]]:
+def load_policy(
+    settings: Settings, mesh: Any, *, master: bool = False, text: bool = True
+) -> tuple[Parts, Policy, Trainable, dict[str, Any]]:
     """A config's model on a mesh: its parts, the policy, what is trained of it, and its other parameters by part.
 
     The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in fp32, as the
-    optimiser needs them; otherwise they keep the file's dtype, as adapters' base and encoders do anyway.
+    optimiser needs them; otherwise they keep the file's dtype, as adapters' base and encoders do anyway. Without `text`
+    the text encoders stay away: the data have their features.
     """
     config, options = settings.config, settings.config.model
     parts, params = policies.load(
         options.folder,
         transformer=options.transformer,
-        text=config.data.name != "features",
+        text=text,
         dtype=jnp.float32 if master and not settings.lora.rank else None,
         place=lambda tree: meshes.shardings(tree, policies.RULES, mesh),
     )
@@ -156,7 +159,8 @@ def restore(config: Any, workdir: str | pathlib.Path, trained: Any) -> tuple[Any
 def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores."""
     settings = configs.resolve(config)
-    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), master=False)
+    text = config.data.name != "features"
+    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), text=text)
     trained, source = restore(config, workdir, trainable.params)
     held_out = HeldOut(config, policy, trainable.attach)
     images, scores = held_out.assess(trained, frozen)

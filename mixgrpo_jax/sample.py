@@ -34,7 +34,7 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), master=False)
+    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
     trained, source = restore(config, workdir, trainable.params)
     draw, features = make_draw(policy, config.evaluation, trainable.attach), jax.jit(policy.features)
     print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")

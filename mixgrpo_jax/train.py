@@ -47,7 +47,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
     group_id = np.repeat(np.arange(config.batch.prompts), config.batch.group)
 
     # The policy, what is trained of it, and the programs of an iteration.
-    parts, policy, trainable, frozen = load_policy(settings, mesh)
+    parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=config.data.name != "features")
     print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
     print(settings.arithmetic())
     programs = make_programs(settings, parts, trainable, mesh)

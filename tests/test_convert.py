@@ -61,9 +61,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(actual[name], expected[name], strict=True)
 
 
-@pytest.mark.parametrize(
-    "dtype, shard_size, files", [(np.float32, 10**10, 1), (ml_dtypes.bfloat16, 10**10, 1), (np.float32, 10**6, 3)]
-)
+@pytest.mark.parametrize("dtype, shard_size, files", [(ml_dtypes.bfloat16, 10**10, 1), (np.float32, 10**6, 3)])
 def test_a_round_trip_gives_every_bit_back(tmp_path, capsys, dtype, shard_size, files):
     source = save_transformer(tmp_path / "pipeline" / "transformer", dtype, shard_size)
     convert(tmp_path / "pipeline", tmp_path / "ours", "orbax")
@@ -86,7 +84,7 @@ def test_diffusers_opens_what_we_write_and_we_what_it_writes(tmp_path):
     convert(tmp_path / "theirs", tmp_path / "ours", "orbax")
     convert(tmp_path / "ours", tmp_path / "back", "diffusers", shard_size=300_000)
     back = model_class.from_pretrained(tmp_path / "back", torch_dtype=torch.bfloat16)
-    assert back.config == model_class.from_pretrained(tmp_path / "theirs").config | {"_name_or_path": back.name_or_path}
+    assert config_of(tmp_path / "back") == config_of(tmp_path / "theirs")
     expected = model.state_dict()
     assert back.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
@@ -106,9 +104,8 @@ def test_dtype_is_that_asked_for(tmp_path):
     source = save_transformer(tmp_path / "source")
     convert(source, tmp_path / "ours", "orbax", dtype="bfloat16")
     convert(tmp_path / "ours", tmp_path / "back", "diffusers", dtype="float32")
-    for name, tensor in tensors_of(source).items():
-        rounded = tensor.astype(ml_dtypes.bfloat16).astype(np.float32)
-        np.testing.assert_array_equal(tensors_of(tmp_path / "back")[name], rounded, strict=True)
+    rounded = {name: t.astype(ml_dtypes.bfloat16).astype(np.float32) for name, t in tensors_of(source).items()}
+    assert_same(tensors_of(tmp_path / "back"), rounded)
 
 
 def save_run(workdir, base, settings, trained, average):

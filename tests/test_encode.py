@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mixgrpo_jax import encode as command
 from mixgrpo_jax.data import features, signs
 from mixgrpo_jax.encode import encode
+from mixgrpo_jax.models.policy import SHIPPED
 from mixgrpo_jax.models.text import clip, t5
 
 LENGTH, CLIP_LENGTH = 12, 10
@@ -49,11 +51,18 @@ def clip_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=CLIP_LENGTH, **names)
 
 
+def random_params(encoder, config, seed=0):
+    leaves, tree = jax.tree.flatten(jax.eval_shape(functools.partial(encoder.init, config), jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    random = [rng.normal(size=leaf.shape, scale=leaf.shape[-1] ** -0.5).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, random)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    t5.save_folder(folder / "text_encoder_2", T5, t5.init(T5, jax.random.key(0)))
-    clip.save_folder(folder / "text_encoder", CLIP, clip.init(CLIP, jax.random.key(1)))
+    t5.save_folder(folder / "text_encoder_2", T5, random_params(t5, T5))
+    clip.save_folder(folder / "text_encoder", CLIP, random_params(clip, CLIP))
     signs.build_tokenizer().save_pretrained(folder / "tokenizer_2")
     clip_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
@@ -176,21 +185,16 @@ def test_dropped_padding_keeps_the_features_of_the_tokens(source, prompts, encod
     assert not real.all() and not dropped["features"]["text"][~real].any() and kept["features"]["text"][~real].any()
 
 
-def test_a_shorter_length_is_what_the_encoder_makes_of_fewer_tokens(source, prompts, tmp_path):
-    encode(source, prompts, tmp_path, max_length=7, **SIZES)
+def test_without_clip_the_mean_of_the_tokens_is_pooled_and_a_shorter_length_cuts_them(prompts, tmp_path):
+    encode("", prompts, tmp_path, max_length=7, batch=11)  # the checkpoint that ships with the package
     batch = stacked(tmp_path)
-    assert batch["features"]["text"].shape == (11, 7, T5.d_model)
-    tokens = AutoTokenizer.from_pretrained(source / "tokenizer_2")(PROMPTS[:4], truncation=True, max_length=7)
-    config, params = t5.load_folder(source / "text_encoder_2", jnp.bfloat16)
-    expected = jax.jit(t5.apply, static_argnums=(0, 3))(config, params, np.array(tokens["input_ids"]), jnp.bfloat16)
-    assert_bits(batch["features"]["text"][:4], np.asarray(expected))
-
-
-def test_the_shipped_checkpoint_pools_the_mean_of_its_own_tokens(prompts, tmp_path):
-    encode("", prompts, tmp_path, **SIZES)
-    batch = stacked(tmp_path)
-    text = batch["features"]["text"].astype(np.float32)
-    for row, pooled, length in zip(text, batch["features"]["pooled"], batch["length"]):
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "tokenizer_2")
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=7, truncation=True, return_tensors="np")["input_ids"]
+    config, params = t5.load_folder(SHIPPED / "text_encoder_2", jnp.bfloat16)
+    text = jax.jit(t5.apply, static_argnums=(0, 3))(config, params, tokens, jnp.bfloat16)
+    assert_bits(batch["features"]["text"], np.asarray(text))
+    assert batch["length"].tolist() == [7] * 10 + [3]
+    for row, pooled, length in zip(text.astype(jnp.float32), batch["features"]["pooled"], batch["length"]):
         np.testing.assert_allclose(pooled.astype(np.float32), row[:length].mean(0), atol=0.02)
 
 
@@ -287,7 +291,7 @@ def test_a_target_begun_with_something_else_is_refused(source, prompts, encoded,
     other.write_text("\n".join(PROMPTS[::-1]))
     changed = tmp_path / "pipeline"
     shutil.copytree(source, changed)
-    t5.save_folder(changed / "text_encoder_2", T5, t5.init(T5, jax.random.key(9)))
+    t5.save_folder(changed / "text_encoder_2", T5, random_params(t5, T5, seed=9))
     for change, field in (
         (dict(prompts=str(other)), "prompts"),
         (dict(source=changed), "source"),

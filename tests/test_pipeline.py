@@ -1,13 +1,26 @@
 """The whole pipeline against diffusers, on a small random FLUX: the same noise gives the same pictures."""
 
+import copy
+import json
+
 import diffusers
+import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax import train
+from mixgrpo_jax.convert import convert
 from mixgrpo_jax.data import signs
+from mixgrpo_jax.encode import encode
+from mixgrpo_jax.models import lora
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.rl.update import init_state
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.sample import sample
 
 SIZE, STEPS, LENGTH = (48, 80), 4, 12
@@ -65,7 +78,6 @@ def make_pipeline():
 def pipeline():
     made = make_pipeline()
     made.text_encoder_2.eval()  # or it drops activations
-    made.set_progress_bar_config(disable=True)
     return made
 
 
@@ -74,6 +86,21 @@ def folder(pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("flux")
     pipeline.save_pretrained(path)
     return path
+
+
+def draw(pipeline, noise):
+    """Pictures of diffusers for PROMPTS, [2, H, W, 3] uint8."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        PROMPTS,
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=STEPS,
+        guidance_scale=3.5,
+        max_sequence_length=LENGTH,
+        latents=torch.from_numpy(noise),
+    ).images
+    return np.stack([np.asarray(image) for image in images])
 
 
 def settings(folder):
@@ -87,17 +114,71 @@ def settings(folder):
 def test_sample_draws_what_diffusers_draws(pipeline, folder, tmp_path):
     tokens = (SIZE[0] // 16) * (SIZE[1] // 16)
     noise = np.random.default_rng(0).standard_normal((2, tokens, 16)).astype(np.float32)
-    theirs = pipeline(
-        PROMPTS,
-        height=SIZE[0],
-        width=SIZE[1],
-        num_inference_steps=STEPS,
-        guidance_scale=3.5,
-        max_sequence_length=LENGTH,
-        latents=torch.from_numpy(noise),
-        output_type="pil",
-    ).images
     ours = sample(settings(folder), tmp_path, PROMPTS, noise)
-    theirs = np.stack([np.asarray(image) for image in theirs])
     assert ours.std() > 5
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.abs(ours.astype(int) - draw(pipeline, noise)).max() <= 1
+
+
+def encode_signs(folder, target):
+    """Cached features of a few signs for both splits; what the rewards need to know comes along."""
+    for split, count in (("train", 4), ("test", 2)):
+        path = target.with_name(f"{split}.jsonl")
+        drawn = signs.sample_signs(split, count)
+        rows = [
+            {"prompt": s.prompt, "plate_rgb": signs.PALETTE[s.plate], "digits_rgb": signs.PALETTE[s.digits]}
+            for s in drawn
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        encode(folder, str(path), target, split=split, max_length=LENGTH, batch=2)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_trained_on_cached_features_and_exported_to_diffusers(pipeline, folder, tmp_path, rank):
+    encode_signs(folder, tmp_path / "features")
+    config = settings(folder)
+    config.data.name, config.data.folder = "features", str(tmp_path / "features")
+    config.rewards = dict(colour=1.0)
+    config.model.lora.rank, config.model.lora.alpha, config.model.lora.base = rank, 8.0, "float32"
+    config.iterations, config.optimizer.learning_rate, config.optimizer.ema_decay = 2, 3e-3, 0.5
+    config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
+    config.plan.num_steps, config.plan.length = 5, 2
+    config.evaluation.prompts = 2
+    train.train(config, tmp_path / "run")
+
+    convert(tmp_path / "run", tmp_path / "exported", "lora" if rank else "diffusers")
+    components = dict(pipeline.components)
+    if rank:
+        components["transformer"] = copy.deepcopy(pipeline.transformer)
+        trained = diffusers.FluxPipeline(**components)
+        trained.load_lora_weights(tmp_path / "exported")
+    else:
+        exported = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "exported")
+        trained = diffusers.FluxPipeline(**components | {"transformer": exported})
+
+    noise = np.random.default_rng(1).standard_normal((2, 15, 16)).astype(np.float32)
+    ours = sample(config, tmp_path / "run", PROMPTS, noise).astype(int)
+    before = sample(config, tmp_path / "start", PROMPTS, noise)
+    assert np.abs(ours - draw(trained, noise)).max() <= 1
+    assert np.abs(ours - before).max() >= 2
+
+
+def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
+    config = settings(folder)
+    config.model.lora.rank, config.model.lora.base = 4, "float32"
+    noise = np.random.default_rng(2).standard_normal((2, 15, 16)).astype(np.float32)
+    made = policies.load(folder)[1]["transformer"]
+    state = init_state(lora.init(LoraConfig(rank=4), made, jax.random.key(0)), optax.sgd(0.0))
+    moved = jax.tree.map(lambda leaf: leaf + 0.3, state.params)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state._replace(params=moved, ema=moved), {}, force=True)
+    checkpoints.close()
+
+    pictures = {}
+    for steps in (0, 2, STEPS, None):
+        config.evaluation.trained_steps = steps
+        pictures[steps] = sample(config, tmp_path, PROMPTS, noise)
+    config.evaluation.trained_steps = None
+    np.testing.assert_array_equal(pictures[0], sample(config, tmp_path / "base", PROMPTS, noise))
+    np.testing.assert_array_equal(pictures[STEPS], pictures[None])
+    assert pictures[2].std() > 5
+    assert (pictures[2] != pictures[0]).any() and (pictures[2] != pictures[None]).any()

@@ -223,10 +223,10 @@ def from_peft(table: Sequence[Rule], params: Params, tensors: Mapping[str, np.nd
         raise ValueError(f"no adapters of this model's layers among the tensors {_some(sorted(tensors))}")
     adapters = weights.load(rules, _unflatten(skeleton), tensors, dtype=np.float32, ignore=alphas)
     alphas |= {name: tensors[name].item() for name in alphas if name in tensors}
-    if len(set(alphas.values())) > 1:
-        listed = _some(f"{name}={alpha:g}" for name, alpha in sorted(alphas.items(), key=lambda item: item[1]))
-        raise ValueError(f"alphas differ, {listed}; give all layers one alpha, or merge the file with diffusers")
-    return adapters, alphas.popitem()[1] / rank
+    low, high = min(alphas, key=alphas.__getitem__), max(alphas, key=alphas.__getitem__)
+    if alphas[low] != alphas[high]:
+        raise ValueError(f"{low} is {alphas[low]:g} and {high} {alphas[high]:g}: one alpha for all layers is supported")
+    return adapters, alphas[low] / rank
 
 
 def save(folder: str | os.PathLike, table: Sequence[Rule], adapters: Params, scale: float) -> None:

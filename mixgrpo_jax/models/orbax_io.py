@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from mixgrpo_jax.models.lazy import Lazy
 
-CHUNK = 64 << 20  # bytes of a stored piece: a device's part of a large array is read without the rest
+CHUNK = 16 << 20  # bytes of a stored piece: a device's part of a large array is read without the rest
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
@@ -67,12 +67,11 @@ def lazy_restore(folder: str | os.PathLike, name: str = "", dtype: Any = None) -
 
     The leaf last indexed stays in memory, and no other. Raises ValueError for a folder that is no checkpoint.
     """
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole") from None
-    stored = traverse_util.flatten_dict(stored[name] if name else stored)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata
+    if metadata is None:
+        raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole")
+    stored = traverse_util.flatten_dict(metadata.tree[name] if name else metadata.tree)
 
     @functools.lru_cache(maxsize=1)
     def whole(path):
