@@ -19,6 +19,7 @@ def get_config():
     config.optimizer.learning_rate = 5e-5
     config.rewards.ocr = 2.0
     config.optimizer.ema_decay = 0.95
-    config.pretrain.steps = 2000
-    config.pretrain.evaluate_every = 500
+    config.pretrain.steps = 2200
+    config.pretrain.evaluate_every = 150
+    config.pretrain.stop_at = 0.5
     return config

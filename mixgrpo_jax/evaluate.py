@@ -140,8 +140,8 @@ def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) 
         lines.append(f"{title:<16}{chosen.sum():>6}{means}")
 
     add("all", np.ones(len(next(iter(scores.values()))), bool))
-    for kind in groups[0] if groups else ():
-        labels = np.array([group[kind] for group in groups])
+    for kind in dict.fromkeys(kind for group in groups for kind in group):
+        labels = np.array([group.get(kind, "") for group in groups])
         for label in np.unique(labels):
             add(f"{kind} {label}", labels == label)
     return "\n".join(lines)

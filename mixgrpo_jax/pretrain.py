@@ -50,7 +50,7 @@ def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array
 
 def make_step(policy: Policy, options: Any):
     """The optimiser and `step(state, images, tokens, key) -> state, loss`, jitted."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup, options.steps)
+    schedule = optax.linear_schedule(0.0, options.learning_rate, options.warmup)
     optimiser = optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(schedule, b2=options.b2, weight_decay=options.weight_decay),

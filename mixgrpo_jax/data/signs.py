@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 HEIGHT, WIDTH = 16, 48
-NOISE = 120.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
+NOISE = 90.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # the longest prompt: "a blue sign that says 4 2 7 0 in white </s>"
 
 DARK = {

@@ -65,16 +65,16 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 0:
-            raise ValueError(f"lora.rank={self.rank} must be positive, or 0 to train without adapters")
+            raise ValueError(f"model.lora.rank={self.rank} must be positive, or 0 to train without adapters")
         if not self.alpha > 0:
-            raise ValueError(f"lora.alpha={self.alpha} must be positive: the adapters are scaled by alpha/rank")
+            raise ValueError(f"model.lora.alpha={self.alpha} must be positive: the adapters are scaled by alpha/rank")
         for field, choices in (("init", tuple(INITS)), ("base", BASES)):
             if getattr(self, field) not in choices:
-                raise ValueError(f"lora.{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
+                raise ValueError(f"model.lora.{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise ValueError(f"lora.targets={self.targets!r} is not a regular expression: {error}") from None
+            raise ValueError(f"model.lora.targets={self.targets!r} is not a regular expression: {error}") from None
 
     @property
     def scale(self) -> float:
@@ -136,7 +136,7 @@ def init(config: LoraConfig, params: Params, key: Array) -> Params:
     kernels = _kernels(params)
     targets = [layer for layer in kernels if re.fullmatch(config.targets, layer)]
     if not targets:
-        raise ValueError(f"lora.targets={config.targets!r} matches no layer; there are {_some(kernels)}")
+        raise ValueError(f"model.lora.targets={config.targets!r} matches no layer; there are {_some(kernels)}")
 
     def adapter(layer: str) -> dict[str, Array]:
         a, b = _factors(kernels[layer].shape, config.rank).values()

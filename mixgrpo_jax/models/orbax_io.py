@@ -14,6 +14,7 @@ from flax import traverse_util
 from mixgrpo_jax.models.lazy import Lazy
 
 CHUNK = 16 << 20  # bytes of a stored piece: a device's part of a large array is read without the rest
+SMALL = 1 << 20  # numbers up to which leaves are read together: each read has its cost
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
@@ -65,22 +66,30 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def lazy_restore(folder: str | os.PathLike, name: str = "", dtype: Any = None) -> Any:
     """A tree of `Lazy` over a checkpoint, or over its field `name`, in `dtype` or else as stored.
 
-    The leaf last indexed stays in memory, and no other. Raises ValueError for a folder that is no checkpoint.
+    Of large leaves, the one last indexed stays in memory. Raises ValueError for a folder that is no checkpoint.
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata
     if metadata is None:
         raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole")
     stored = traverse_util.flatten_dict(metadata.tree[name] if name else metadata.tree)
+    structs = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for path, leaf in stored.items()}
+
+    def read(paths):
+        tree = traverse_util.unflatten_dict({path: structs[path] for path in paths})
+        restored = restore(folder, {name: tree} if name else tree)
+        return traverse_util.flatten_dict(restored[name] if name else restored)
+
+    @functools.cache
+    def small():
+        return read([path for path, struct in structs.items() if struct.size <= SMALL])
 
     @functools.lru_cache(maxsize=1)
-    def whole(path):
-        struct = jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype)
-        full_path = (name, *path) if name else path
-        restored = restore(folder, traverse_util.unflatten_dict({full_path: struct}))
-        return traverse_util.flatten_dict(restored)[full_path]
+    def large(path):
+        return read([path])[path]
 
-    def lazy_leaf(path):
-        return Lazy(tuple(stored[path].shape), np.dtype(dtype or stored[path].dtype), lambda index: whole(path)[index])
+    def lazy_leaf(path, struct):
+        whole = functools.partial(large, path) if struct.size > SMALL else lambda: small()[path]
+        return Lazy(tuple(struct.shape), np.dtype(struct.dtype), lambda index: whole()[index])
 
-    return traverse_util.unflatten_dict({path: lazy_leaf(path) for path in stored})
+    return traverse_util.unflatten_dict({path: lazy_leaf(path, struct) for path, struct in structs.items()})

@@ -30,6 +30,8 @@ RULES = (
     (r"(image_in|text_in|linear_1|final_modulation|final_out)/kernel", P("fsdp", "tensor")),
     (r"linear_2/kernel", P("tensor", "fsdp")),
     (r"embedding", P("fsdp", None)),
+    (r"blocks/.*/a$", P(None, "fsdp", None)),  # adapters
+    (r"blocks/.*/b$", P(None, None, "fsdp")),
 )
 
 

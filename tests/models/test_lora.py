@@ -72,7 +72,7 @@ def net_params():
 
 def trained(config, params):
     """Adapters as after training."""
-    return randomised(jax.eval_shape(functools.partial(lora.init, config), params, jax.random.key(0)), 1, std=0.7)
+    return randomised(jax.eval_shape(functools.partial(lora.init, config), params, jax.random.key(0)), 1, std=0.4)
 
 
 def x():
