@@ -12,4 +12,6 @@ from mixgrpo_jax import config as configs
 
 def get_config():
     """MixGRPO's recipe on `signs`."""
-    return configs.load("mixgrpo", __file__, "signs")
+    config = configs.load("mixgrpo", __file__, "signs")
+    config.plan.bound = 6  # what a sign says is decided early; later windows cost reading
+    return config

@@ -66,6 +66,7 @@ def base() -> ml_collections.ConfigDict:
             optimizer=dict(
                 learning_rate=1e-5,
                 warmup=0,  # updates of linear warm-up
+                final_rate=1.0,  # of the rate, reached linearly at the last update; 1 keeps it constant
                 b1=0.9,
                 b2=0.999,
                 eps=1e-8,
@@ -171,6 +172,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         _choice("watched" if name in config.watched else f"rewards.{name}", name, REWARDS)
     if min(config.rewards.values(), default=0) < 0 or sum(config.rewards.values()) <= 0:
         raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
+    if not 0 <= config.optimizer.final_rate <= 1:
+        raise ConfigError(f"optimizer.final_rate={config.optimizer.final_rate} is not in [0, 1]; 1 keeps it constant")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
     trained_steps = config.evaluation.trained_steps

@@ -203,7 +203,7 @@ def _whole_folder(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path
         raise ValueError(
             f"{disk} has {_size(free)} left, and {target} takes {_size(num_bytes)}: make room, or go elsewhere"
         )
-    partial = target.absolute().with_name(f"{target.name}.partial")
+    partial = target.absolute().with_name(f"{target.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     try:

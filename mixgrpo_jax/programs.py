@@ -40,7 +40,7 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
     sampled = Rollout(by_sample, Rows(by_row, by_row, by_row, whole, whole), whole)
 
-    optimiser = make_optimiser(config.optimizer)
+    optimiser = make_optimiser(config.optimizer, config.iterations * config.batch.updates)
     fresh = functools.partial(init_state, optimiser=optimiser)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), policies.RULES, mesh)
     return Programs(
@@ -96,10 +96,12 @@ def _make_update(settings: Settings, policy: policies.Policy, attach: Any, optim
     )
 
 
-def make_optimiser(options: Any) -> optax.GradientTransformation:
-    """AdamW behind gradient-norm clipping, with linear warm-up to a constant rate."""
-    rate = options.learning_rate
-    schedule = optax.linear_schedule(rate / options.warmup, rate, options.warmup - 1) if options.warmup > 1 else rate
+def make_optimiser(options: Any, num_updates: int) -> optax.GradientTransformation:
+    """AdamW behind gradient-norm clipping; the rate warms up linearly, and falls linearly until the last update."""
+    rate, warmup = options.learning_rate, max(options.warmup, 1)
+    rise = optax.linear_schedule(rate / warmup, rate, warmup - 1)
+    fall = optax.linear_schedule(rate, rate * options.final_rate, max(num_updates - warmup, 1))
+    schedule = optax.join_schedules([rise, fall], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),

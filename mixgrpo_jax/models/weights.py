@@ -19,26 +19,9 @@ import numpy as np
 from flax import traverse_util
 
 from mixgrpo_jax.models.lazy import Lazy, contiguous, copy, place
-from mixgrpo_jax.models.safetensors_io import read_safetensors, write_safetensors, write_shards
-
-__all__ = [
-    "Lazy",
-    "Params",
-    "Rule",
-    "check_shapes",
-    "export",
-    "known_fields",
-    "lazy_export",
-    "lazy_load",
-    "linear",
-    "load",
-    "place",
-    "read_config",
-    "read_safetensors",
-    "write_config",
-    "write_safetensors",
-    "write_shards",
-]
+from mixgrpo_jax.models.safetensors_io import read_safetensors as read_safetensors
+from mixgrpo_jax.models.safetensors_io import write_safetensors as write_safetensors
+from mixgrpo_jax.models.safetensors_io import write_shards as write_shards
 
 Params = dict[str, Any]
 

@@ -55,7 +55,7 @@ def throughput(line: Mapping, timer: PhaseTimer, samples: int, flops: float, dev
 
     A gradient counts as three evaluations; recomputation is not counted.
     """
-    work = {phase: timer.seconds[phase] for phase in ("rollout", "reward", "update")}
+    work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
