@@ -23,6 +23,6 @@ def get_config():
     config.optimizer.ema_decay = 0.97
     config.evaluation.num_steps = 10  # training's own: rewards shape the policy for its sampler
     config.pretrain.steps = 2200
-    config.pretrain.evaluate_every = 150
-    config.pretrain.stop_at = 0.5
+    config.pretrain.evaluate_every = 100
+    config.pretrain.stop_at = 0.45
     return config

@@ -50,7 +50,7 @@ TEST_PAIRS = (
 TRAIN_PAIRS = tuple(
     pair for dark in DARK for light in LIGHT for pair in ((dark, light), (light, dark)) if pair not in TEST_PAIRS
 )
-LENGTH_WEIGHTS = (0.05, 0.15, 0.3, 0.5)  # there are but ten numbers of one digit, and one of them is held out
+LENGTH_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # there are but ten numbers of one digit, and one of them is held out
 
 _FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
 
@@ -100,7 +100,7 @@ def _coverage(number: str) -> np.ndarray:
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono-Bold.ttf")
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
     return ImageFont.truetype(path, _FONT_SIZE * _OVERSAMPLING)
 
 

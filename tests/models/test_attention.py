@@ -245,7 +245,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mixgrpo_jax.models import flux
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
-config = flux.flux_small(attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56))
+config = flux.flux_small(num_layers=0, attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56))
 
 def array(*shape, spec=P()):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
