@@ -83,7 +83,8 @@ class Assessment(NamedTuple):
 
     def save(self, path: pathlib.Path) -> None:
         """Write both to a .npz file."""
-        np.savez_compressed(path, images=self.images, **self.scores)
+        arrays: dict[str, Any] = {"images": self.images, **self.scores}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Assessment":
@@ -121,7 +122,7 @@ class HeldOut:
             index = np.arange(start, start + size)
             batch = self.task.collate([self.elements[i] for i in index])
             cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
-            noise = rollout.initial_noise(rollout.Sampler(), self.key, index, self.policy.latent_shape)
+            noise = rollout.initial_noise(rollout.Sampler(), self.key, jnp.asarray(index), self.policy.latent_shape)
             images.append(np.asarray(self._draw(trained, frozen, cond, noise)))
         return np.concatenate(images)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -40,8 +41,8 @@ def sample(
     print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
 
     if noise is None:
-        key, index = jax.random.key(config.seed), np.arange(len(prompts))
-        noise = np.asarray(initial_noise(Sampler(), key, index, policy.latent_shape))
+        key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
+        noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
     folder = pathlib.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     size, drawn = min(config.evaluation.batch, len(prompts)), []

@@ -12,8 +12,13 @@ from mixgrpo_jax.models import flux, vae
 class Codec(Protocol):
     """What a policy needs of a latent space. `params` are those of the autoencoder, None without one."""
 
-    grid: tuple[int, int]  # rows and columns of packed tokens
-    channels: int  # of a packed token
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of packed tokens."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of a packed token."""
 
     def encode(self, params: Any, images: Array) -> Array:
         """[B, H, W, 3] uint8 -> packed latents [B, S, C] fp32."""

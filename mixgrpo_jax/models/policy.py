@@ -82,6 +82,7 @@ def signs_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
 
 def init(parts: Parts, key: Array) -> dict[str, Any]:
     """Fresh parameters {"transformer": ..., "text_encoder_2": ...} of a policy without CLIP and VAE."""
+    assert parts.text_encoder_2
     keys = jax.random.split(key)
     return {
         "transformer": flux.init(parts.transformer, keys[0]),
@@ -121,8 +122,8 @@ def load(
     configs: dict[str, Any] = {}
     params: dict[str, Any] = {}
     configs["transformer"], params["transformer"] = flux_weights.load_folder(source, dtype, shardings=place)
-    readers = {"text_encoder_2": t5.load_folder, "text_encoder": clip.load_folder} if text else {}
-    for name, read in (readers | {"vae": vae.load_folder}).items():
+    readers: dict[str, Callable] = {"text_encoder_2": t5.load_folder, "text_encoder": clip.load_folder}
+    for name, read in ((readers if text else {}) | {"vae": vae.load_folder}).items():
         if (folder / name).is_dir():
             configs[name], host = read(folder / name)
             params[name] = host if place is None else jax.device_put(host, place(host))
@@ -135,7 +136,7 @@ def load(
 def save(folder: str | pathlib.Path, parts: Parts, params: dict[str, Any]) -> None:
     """Write what `load` reads, and diffusers and transformers read too."""
     folder = pathlib.Path(folder)
-    writers = {
+    writers: dict[str, Callable] = {
         "transformer": flux_weights.save_folder,
         "text_encoder": clip.save_folder,
         "text_encoder_2": t5.save_folder,
@@ -220,7 +221,7 @@ def trainable(params: Any, config: LoraConfig, key: Array, keep_base: bool) -> T
     of a fully trained model; with LoRA they are there at no cost.
     """
     if config.rank:
-        base = lora.freeze(params, config.base)
-        return Trainable(lora.init(config, params, key), base, lambda new, old: lora.attach(old, new, config.scale))
-    base = jax.tree.map(jnp.copy, params) if keep_base else None  # training takes the buffers of its own over
-    return Trainable(params, base, lambda new, old: new)
+        adapters, base = lora.init(config, params, key), lora.freeze(params, config.base)
+        return Trainable(adapters, base, lambda new, old: lora.attach(old, new, config.scale))
+    copy = jax.tree.map(jnp.copy, params) if keep_base else None  # training takes the buffers of its own over
+    return Trainable(params, copy, lambda new, old: new)

@@ -268,7 +268,7 @@ def test_tiles_leave_no_seam_in_what_does_not_depend_on_them(monkeypatch, sides,
     def pointwise(config, params, latents, dtype):
         return latents.repeat(2, axis=1).repeat(2, axis=2)[..., :3]
 
-    monkeypatch.setattr(vae, "decode", pointwise)
+    monkeypatch.setattr(vae.model, "decode", pointwise)
     latents = random_latents(SMALL, sides)
     tiled = vae.tiled_decode(SMALL, {}, latents, tile=tile, overlap=overlap)
     np.testing.assert_allclose(tiled, pointwise(SMALL, {}, latents, None), rtol=1e-5, atol=1e-6)

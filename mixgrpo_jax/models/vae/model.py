@@ -7,30 +7,19 @@ its tensor.
 import dataclasses
 import functools
 import itertools
-import math
-import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 
-from mixgrpo_jax.models import layers, weights
+from mixgrpo_jax.models import layers
 from mixgrpo_jax.models.layers import LECUN, Linear
-from mixgrpo_jax.models.weights import Rule
 
 Params = dict[str, Any]
 
-CLASS_NAME = "AutoencoderKL"
-FILE_NAME = "diffusion_pytorch_model.safetensors"
-# Older files name the attention's projections differently.
-RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-TO_OURS = {2: (1, 0), 4: (2, 3, 1, 0)}  # linear and convolution kernels, by their number of axes
 EPS = 1e-6
 
 
@@ -298,7 +287,7 @@ def encode(
     Raises:
       ValueError: H or W is no multiple of f, or the number of channels is not `in_channels`.
     """
-    _check_channels("images", images, "in_channels", config.in_channels)
+    check_channels("images", images, "in_channels", config.in_channels)
     h, w = images.shape[1:3]
     if h % config.downsampling or w % config.downsampling:
         raise ValueError(f"images are {h} x {w}: resize or crop both sides to multiples of {config.downsampling}")
@@ -327,119 +316,12 @@ def decode(config: VAEConfig, params: Params, latents: jax.Array, dtype: jnp.dty
     Raises:
       ValueError: the number of channels is not `latent_channels`.
     """
-    _check_channels("latents", latents, "latent_channels", config.latent_channels)
+    check_channels("latents", latents, "latent_channels", config.latent_channels)
     z = latents.astype(jnp.float32) / config.scaling_factor + (config.shift_factor or 0.0)
     return nnx.merge(_graphdef(config), params).decode(z.astype(dtype)).astype(jnp.float32)
 
 
-def _check_channels(name: str, x: jax.Array, field: str, channels: int) -> None:
+def check_channels(name: str, x: jax.Array, field: str, channels: int) -> None:
+    """Raises ValueError unless x is [B, H, W, channels]."""
     if x.ndim != 4 or x.shape[-1] != channels:
         raise ValueError(f"{name} have shape {x.shape}: pass [batch, height, width, {field}={channels}]")
-
-
-def tiled_decode(
-    config: VAEConfig,
-    params: Params,
-    latents: jax.Array,
-    dtype: jnp.dtype = jnp.float32,
-    tile: int = 64,
-    overlap: float = 0.25,
-) -> jax.Array:
-    """`decode` in overlapping square tiles, one at a time: activations take the memory of one tile.
-
-    Tiles are spread evenly, and where two overlap, the weight of the later one grows linearly from 0 to 1. A tile's
-    norms and attention see that tile alone: the result resembles `decode`'s, and equals it when one tile is enough.
-
-    Args:
-      config, params, latents, dtype: as for `decode`.
-      tile: side of a tile, in latents.
-      overlap: least part of a tile's side that is shared with the next tile, at most 0.5.
-
-    Returns:
-      Images as `decode` returns them.
-
-    Raises:
-      ValueError: `overlap` is above 0.5 or less than one latent.
-    """
-    if not 1 <= tile * overlap <= tile / 2:
-        raise ValueError(f"overlap={overlap} of tile={tile}: choose an overlap from 1/tile to 0.5")
-    (b, h, w, c), f = latents.shape, config.downsampling
-    rows, cols = (_tiles(size, tile, overlap, f) for size in (h, w))
-
-    def add(images, placed):
-        (row, weight_y), (col, weight_x) = placed
-        z = jax.lax.dynamic_slice(latents, (0, row, col, 0), (b, min(tile, h), min(tile, w), c))
-        part = decode(config, params, z, dtype) * weight_y[:, None, None] * weight_x[:, None]
-        start = (0, f * row, f * col, 0)
-        part += jax.lax.dynamic_slice(images, start, part.shape)
-        return jax.lax.dynamic_update_slice(images, part, start), None
-
-    y, x = np.indices((len(rows[0]), len(cols[0]))).reshape(2, -1)
-    grid = [array[y] for array in rows], [array[x] for array in cols]
-    return jax.lax.scan(add, jnp.zeros((b, f * h, f * w, config.out_channels)), grid)[0]
-
-
-def _tiles(size: int, tile: int, overlap: float, f: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts [n] of the tiles along a side, and the weights [n, f tile] of their pixels."""
-    tile, step = min(tile, size), tile - int(tile * overlap)
-    count = 1 + math.ceil((size - tile) / step)
-    starts = np.linspace(0, size - tile, count).round().astype(np.int32)
-
-    def ramp(k, pixels):
-        """From 0 to 1 where tiles k - 1 and k overlap. The weight r_k - r_(k+1) telescopes, so that all add up to 1."""
-        if k in (0, count):
-            return np.full(len(pixels), k == 0, np.float32)
-        return np.interp(pixels, (f * starts[k], f * (starts[k - 1] + tile)), (0, 1))
-
-    positions = f * starts[:, None] + np.arange(f * tile)
-    weights = [ramp(k, pixels) - ramp(k + 1, pixels) for k, pixels in enumerate(positions)]
-    return starts, np.stack(weights).astype(np.float32)
-
-
-def _release(config: VAEConfig) -> dict[str, Any]:
-    """What config.json says besides the sizes; other values are of models that this one cannot run."""
-    stages = len(config.block_out_channels)
-    return {
-        "_class_name": CLASS_NAME,
-        "act_fn": "silu",
-        "down_block_types": stages * ["DownEncoderBlock2D"],
-        "up_block_types": stages * ["UpDecoderBlock2D"],
-        "latents_mean": None,
-        "latents_std": None,
-    }
-
-
-def _skeleton(config: VAEConfig) -> Params:
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-
-
-def _table(config: VAEConfig) -> list[Rule]:
-    return [_rule(path, leaf) for path, leaf in traverse_util.flatten_dict(_skeleton(config), sep="/").items()]
-
-
-def _rule(path: str, leaf: jax.ShapeDtypeStruct) -> Rule:
-    module, _, name = path.rpartition("/")
-    return Rule(f"{module.replace('/', '.')}.{'bias' if name == 'bias' else 'weight'}", path, TO_OURS.get(leaf.ndim))
-
-
-def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[VAEConfig, Params]:
-    """Reads an autoencoder as diffusers saves it, today's or an older one with `query`, `key`, `value`, `proj_attn`.
-
-    Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
-    folder of another model, an unsupported config, or tensors that do not fit the config.
-    """
-    raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
-    config = VAEConfig(**weights.known_fields(VAEConfig, raw))
-    weights.read_config(folder, _release(config))
-    tensors = {_current(name): tensor for name, tensor in weights.read_safetensors(folder).items()}
-    return config, weights.load(_table(config), _skeleton(config), tensors, dtype=dtype)
-
-
-def _current(name: str) -> str:
-    return re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{RENAMED[match[1]]}.", name)
-
-
-def save_folder(folder: str | os.PathLike, config: VAEConfig, params: Params) -> None:
-    """Writes a folder that `load_folder` and diffusers' AutoencoderKL.from_pretrained open."""
-    weights.write_config(folder, _release(config) | dataclasses.asdict(config))
-    weights.write_safetensors(Path(folder) / FILE_NAME, weights.export(_table(config), params))
