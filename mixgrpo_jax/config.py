@@ -37,7 +37,7 @@ def base() -> ml_collections.ConfigDict:
             iterations=300,
             model=dict(
                 folder="",  # a checkpoint in diffusers' layout; "" is the one that ships with the package
-                transformer="",  # another folder for the transformer alone: diffusers' layout, or converted
+                transformer="",  # another place for the transformer alone: a folder, or the original file
                 image_size=(16, 48),  # rows, columns
                 text_length=12,  # T5 tokens of a prompt, padding included
                 guidance=3.5,  # the embedded guidance scale that the transformer is told

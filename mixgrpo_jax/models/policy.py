@@ -105,7 +105,7 @@ def load(
 
     Args:
         folder: the folder; "" is the checkpoint that ships with the package.
-        transformer: another folder to take the transformer from, of diffusers' layout or converted.
+        transformer: where else to take the transformer from: a folder, or FLUX.1's original single file.
         text: whether to read the text encoders; with cached features they are not needed.
         dtype: of the transformer's parameters; the file's own by default.
         place: shapes -> shardings, for parameters that go straight onto a mesh; host arrays by default.
@@ -115,7 +115,7 @@ def load(
     folder = pathlib.Path(folder) if folder else SHIPPED
     source = pathlib.Path(transformer) if transformer else folder / "transformer"
     for needed in (source, *([folder / "text_encoder_2", folder / "tokenizer_2"] if text else [])):
-        if not needed.is_dir():
+        if not needed.exists():
             raise ValueError(
                 f"model.folder={str(folder)!r} has no {needed.name}/; expected a checkpoint as diffusers saves it"
             )
