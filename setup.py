@@ -46,6 +46,7 @@ setup(
             "torch>=2.13,<2.14",
             "diffusers>=0.42",
             "accelerate",
+            "peft",
             "scipy",
             "ruff",
             "mypy",

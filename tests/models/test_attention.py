@@ -83,6 +83,7 @@ def test_splash_is_xla_forward_and_backward(interpreted, length, dim, scale):
     assert max(map(distance, splash, xla)) < 1e-6
 
 
+@pytest.mark.slow
 def test_splash_in_bf16_is_as_exact_as_xla(interpreted):
     inputs = rows(40, dtype=jnp.bfloat16)
     exact = values_and_gradients([x.astype(np.float32) for x in inputs])
