@@ -50,7 +50,7 @@ TEST_PAIRS = (
 TRAIN_PAIRS = tuple(
     pair for dark in DARK for light in LIGHT for pair in ((dark, light), (light, dark)) if pair not in TEST_PAIRS
 )
-LENGTH_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # there are but ten numbers of one digit, and one of them is held out
+LENGTH_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of one to four digits, where a split has numbers of that length
 
 _FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
 
@@ -105,8 +105,11 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def is_test_number(number: str) -> bool:
-    """Whether a number belongs to the test split: one in eight does, by a hash of its digits."""
-    return zlib.crc32(number.encode()) % 8 == 0
+    """Whether a number belongs to the test split: one in eight does, by a hash of its digits.
+
+    The ten numbers of one digit all stay in training: they are too few to hold any out.
+    """
+    return len(number) > 1 and zlib.crc32(number.encode()) % 8 == 0
 
 
 def numbers(split: str, length: int) -> list[str]:
@@ -122,7 +125,8 @@ def sample_signs(split: str, count: int, seed: int = 0) -> list[Sign]:
     rng = np.random.default_rng([seed, split == "test"])
     pairs = TEST_PAIRS if split == "test" else TRAIN_PAIRS
     by_length = [numbers(split, length) for length in range(1, len(LENGTH_WEIGHTS) + 1)]
-    lengths = rng.choice(len(by_length), size=count, p=LENGTH_WEIGHTS)
+    weights = np.array(LENGTH_WEIGHTS) * [len(options) > 0 for options in by_length]
+    lengths = rng.choice(len(by_length), size=count, p=weights / weights.sum())
     return [Sign(_pick(rng, by_length[i]), *_pick(rng, pairs)) for i in lengths]
 
 
@@ -142,7 +146,7 @@ class SignsConfig(tfds.core.BuilderConfig):
 class Signs(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the rendered signs; writes array_record, and needs no TensorFlow."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     url_infos = None  # nothing to download; to look for checksums, TFDS imports a package that it does not require
     BUILDER_CONFIGS = (SignsConfig(name="full", description="20,000 training and 512 test signs."),)
 

@@ -163,11 +163,11 @@ def test_load_folder_casts_to_the_dtype_asked_for(tmp_path):
 
 def test_older_names_of_the_attention_are_read(tmp_path):
     vae.save_folder(tmp_path, SMALL, random_params(SMALL))
-    tensors = load_file(tmp_path / vae.FILE_NAME)
-    for old, new in vae.RENAMED.items():
+    tensors = load_file(tmp_path / vae.weights.FILE_NAME)
+    for old, new in vae.weights.RENAMED.items():
         tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in tensors
-    save_file(tensors, tmp_path / vae.FILE_NAME)
+    save_file(tensors, tmp_path / vae.weights.FILE_NAME)
     jax.tree.map(np.testing.assert_array_equal, vae.load_folder(tmp_path)[1], random_params(SMALL))
 
 
