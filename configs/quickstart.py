@@ -12,5 +12,7 @@ from mixgrpo_jax import config as configs
 def get_config():
     """MixGRPO's recipe on `signs`."""
     config = configs.load("mixgrpo", __file__, "signs")
+    config.batch.prompts = 16
     config.plan.bound = 6  # what a sign says is decided early; later windows cost reading
+    config.evaluation.prompts = 512
     return config

@@ -24,6 +24,8 @@ from mixgrpo_jax.rewards import REWARDS
 from mixgrpo_jax.rl.advantages import AdvantageConfig
 from mixgrpo_jax.rl.objectives import GRPOConfig
 
+DTYPES = ("float32", "bfloat16")
+
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field, the value and the remedy."""
@@ -64,6 +66,8 @@ def base() -> ml_collections.ConfigDict:
             advantage=_fields(AdvantageConfig),
             objective=_fields(GRPOConfig),
             optimizer=dict(
+                name="adamw",  # or "adafactor"
+                dtype="float32",  # of fully trained parameters; "bfloat16" rounds stochastically
                 learning_rate=1e-5,
                 warmup=0,  # updates of linear warm-up
                 final_rate=1.0,  # of the rate, reached linearly at the last update; 1 keeps it constant
@@ -72,7 +76,7 @@ def base() -> ml_collections.ConfigDict:
                 eps=1e-8,
                 weight_decay=1e-4,
                 max_grad_norm=1.0,
-                ema_decay=0.99,  # by update
+                ema_decay=0.99,  # by update; 0 keeps no average
             ),
             ratio_tolerance=1e-4,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
             evaluation=dict(
@@ -92,13 +96,12 @@ def base() -> ml_collections.ConfigDict:
                 batch=64,
                 shift=3.0,  # of the noise levels that are trained
                 learning_rate=1.5e-3,
-                warmup=100,
+                warmup=100,  # then the rate falls to zero as a cosine
                 b2=0.99,
                 weight_decay=0.0,
                 max_grad_norm=0.5,
                 ema_decay=0.99,
                 evaluate_every=200,
-                stop_at=1.0,  # held-out strict score at which to stop
             ),
         ),
         convert_dict=True,
@@ -165,7 +168,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     _divides("batch.micro_batch", batch.micro_batch, "samples an update", samples // batch.updates)
     _divides("evaluation.batch", config.evaluation.batch, "evaluation.prompts", config.evaluation.prompts)
     choices = {"data.name": TASKS, "evaluation.solver": SOLVERS, "model.remat": REMAT}
-    choices |= {"model.dtype": ("float32", "bfloat16"), "model.attention": ATTENTION_BACKENDS}
+    choices |= {"model.dtype": DTYPES, "optimizer.dtype": DTYPES, "model.attention": ATTENTION_BACKENDS}
+    choices["optimizer.name"] = ("adamw", "adafactor")
     for field, known in choices.items():
         _choice(field, _get(config, field), known)
     for name in [*config.rewards, *config.watched]:
@@ -176,6 +180,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         raise ConfigError(f"optimizer.final_rate={config.optimizer.final_rate} is not in [0, 1]; 1 keeps it constant")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
+    if config.evaluation.ema and not config.optimizer.ema_decay:
+        raise ConfigError("evaluation.ema=True with optimizer.ema_decay=0: no average is kept; set one of the two")
     trained_steps = config.evaluation.trained_steps
     if trained_steps is not None and not 0 <= trained_steps <= config.evaluation.num_steps:
         raise ConfigError(

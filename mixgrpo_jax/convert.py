@@ -63,7 +63,8 @@ def convert(
       source, target, to: see the module.
       dtype: of the written parameters, "bfloat16" or "float32"; by default the source's, and a merged kernel's is that
         of its base. Adapters are fp32.
-      which: of a run, its parameters' moving average "ema", or "raw" as last updated.
+      which: of a run, its parameters' moving average "ema", or "raw" as last updated, which
+        is what a run without an average has.
       merge: whether to add a run's adapters to its base.
       shard_size: bytes above which a diffusers folder's tensors are cut into several files.
 
@@ -104,7 +105,8 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
     workdir = pathlib.Path(workdir)
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
-    options = json.loads(file.read_text())["model"]
+    settings = json.loads(file.read_text())
+    options = settings["model"]
     folder = pathlib.Path(options["folder"] or policy.SHIPPED)
     path = pathlib.Path(options.get("transformer") or folder / "transformer")
     if not path.exists():
@@ -116,7 +118,8 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
     checkpoints.close()
     if latest is None:
         raise ValueError(f"{workdir}/checkpoints holds no finished checkpoint: let the run save one")
-    trained = orbax_io.lazy_restore(workdir / "checkpoints" / str(latest) / "state", WEIGHTS[which])
+    field = WEIGHTS[which if settings["optimizer"]["ema_decay"] else "raw"]
+    trained = orbax_io.lazy_restore(workdir / "checkpoints" / str(latest) / "state", field)
     expected = flux_weights.skeleton(base.config)
     if config.rank:
         expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
@@ -228,6 +231,6 @@ if __name__ == "__main__":
     _TARGET = flags.DEFINE_string("target", None, "New folder.", required=True)
     _TO = flags.DEFINE_enum("to", None, TARGETS, "What to write.", required=True)
     _DTYPE = flags.DEFINE_enum("dtype", "", DTYPES, "Of the written parameters; by default the source's.")
-    _WEIGHTS = flags.DEFINE_enum("weights", "ema", list(WEIGHTS), "Which of a run's parameters.")
+    _WEIGHTS = flags.DEFINE_enum("weights", "ema", list(WEIGHTS), "Which of a run's parameters, where it kept both.")
     _MERGE = flags.DEFINE_bool("merge", False, "Add a run's adapters to its base.")
     app.run(main)

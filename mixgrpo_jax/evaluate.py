@@ -34,16 +34,16 @@ def load_policy(
 ) -> tuple[Parts, Policy, Trainable, dict[str, Any]]:
     """A config's model on a mesh: its parts, the policy, what is trained of it, and its other parameters by part.
 
-    The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in fp32, as the
-    optimiser needs them; otherwise they keep the file's dtype, as adapters' base and encoders do anyway. Without `text`
-    the text encoders stay away: the data have their features.
+    The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in the optimiser's
+    dtype; otherwise they keep the file's, as adapters' base and encoders do anyway. Without `text` the text encoders
+    stay away: the data have their features.
     """
     config, options = settings.config, settings.config.model
     parts, params = policies.load(
         options.folder,
         transformer=options.transformer,
         text=text,
-        dtype=jnp.float32 if master and not settings.lora.rank else None,
+        dtype=jnp.dtype(config.optimizer.dtype) if master and not settings.lora.rank else None,
         place=lambda tree: meshes.shardings(tree, policies.RULES, mesh),
     )
     keep_base = settings.objective.kl_reference > 0 or config.evaluation.trained_steps is not None

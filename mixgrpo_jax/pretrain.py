@@ -2,9 +2,8 @@
 
     python -m mixgrpo_jax.pretrain --config=configs/signs.py --workdir=runs/signs
 
-Text encoder and transformer are trained together. Stops at `pretrain.steps`, or earlier once the held-out strict score
-reaches `pretrain.stop_at`, and writes the averaged parameters to workdir/checkpoint, as diffusers lays them out, with
-card.json (command, seed, steps, held-out scores) beside them.
+Text encoder and transformer are trained together, for `pretrain.steps` steps. The averaged parameters go to
+workdir/checkpoint, as diffusers lays them out, with card.json (command, seed, steps, held-out scores) beside them.
 """
 
 import json
@@ -50,7 +49,7 @@ def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array
 
 def make_step(policy: Policy, options: Any):
     """The optimiser and `step(state, images, tokens, key) -> state, loss`, jitted."""
-    schedule = optax.linear_schedule(0.0, options.learning_rate, options.warmup)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup, options.steps)
     optimiser = optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(schedule, b2=options.b2, weight_decay=options.weight_decay),
@@ -95,8 +94,6 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             continue
         images, scores = held_out.assess(state.ema["transformer"], state.ema | {"base": None})
         progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
-        if scores["strict"].mean() >= options.stop_at:
-            break
     progress.close()
 
     policies.save(workdir / "checkpoint", parts, state.ema)

@@ -41,7 +41,7 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     sampled = Rollout(by_sample, Rows(by_row, by_row, by_row, whole, whole), whole)
 
     optimiser = make_optimiser(config.optimizer, config.iterations * config.batch.updates)
-    fresh = functools.partial(init_state, optimiser=optimiser)
+    fresh = functools.partial(init_state, optimiser=optimiser, average=config.optimizer.ema_decay > 0)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), policies.RULES, mesh)
     return Programs(
         init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
@@ -93,16 +93,26 @@ def _make_update(settings: Settings, policy: policies.Policy, attach: Any, optim
         num_updates=config.batch.updates,
         micro_batch=config.batch.micro_batch,
         ema_decay=config.optimizer.ema_decay,
+        key=jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2),  # apart from every iteration's
     )
 
 
 def make_optimiser(options: Any, num_updates: int) -> optax.GradientTransformation:
-    """AdamW behind gradient-norm clipping; the rate warms up linearly, and falls linearly until the last update."""
+    """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
+
+    Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
+    """
     rate, warmup = options.learning_rate, max(options.warmup, 1)
     rise = optax.linear_schedule(rate / warmup, rate, warmup - 1)
     fall = optax.linear_schedule(rate, rate * options.final_rate, max(num_updates - warmup, 1))
     schedule = optax.join_schedules([rise, fall], [warmup])
-    return optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm),
-        optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
-    )
+    if options.name == "adafactor":
+        # Not optax.adafactor, whose weight decay does not follow the rate.
+        step = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        step = optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)

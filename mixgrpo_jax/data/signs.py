@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 HEIGHT, WIDTH = 16, 48
-NOISE = 90.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
+NOISE = 130.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # the longest prompt: "a blue sign that says 4 2 7 0 in white </s>"
 
 DARK = {
@@ -50,7 +50,7 @@ TEST_PAIRS = (
 TRAIN_PAIRS = tuple(
     pair for dark in DARK for light in LIGHT for pair in ((dark, light), (light, dark)) if pair not in TEST_PAIRS
 )
-LENGTH_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of one to four digits, where a split has numbers of that length
+LENGTH_WEIGHTS = (0.05, 0.15, 0.4, 0.4)  # of one to four digits, where a split has numbers of that length
 
 _FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
 

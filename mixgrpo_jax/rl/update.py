@@ -13,17 +13,21 @@ from mixgrpo_jax.rl.objectives import Objective, Row
 
 
 class TrainState(NamedTuple):
-    """What training changes: parameters, the optimiser's state, the parameters' moving average, and a count."""
+    """What training changes: parameters, the optimiser's state, the parameters' moving average, and a count.
+
+    The average and the optimiser's moments are fp32, whatever the parameters are.
+    """
 
     params: Any
     opt_state: Any
-    ema: Any
+    ema: Any  # None where no average is kept
     step: Array
 
 
-def init_state(params: Any, optimiser: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimiser: optax.GradientTransformation, average: bool = True) -> TrainState:
     """A fresh state. The average is a copy, so that the state's buffers can be donated."""
-    return TrainState(params, optimiser.init(params), jax.tree.map(jnp.copy, params), jnp.int32(0))
+    fp32 = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+    return TrainState(params, optimiser.init(fp32), fp32 if average else None, jnp.int32(0))
 
 
 def assign(group_id: Array, num_updates: int, micro_batch: int) -> Array:
@@ -47,11 +51,13 @@ def make_update(
     num_updates: int,
     micro_batch: int,
     ema_decay: float,
+    key: Array | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Build `update(state, reference, rows, advantage, group_id, cond, train) -> state, metrics`.
 
     The B samples are split into `num_updates` optimiser steps. Each accumulates the gradient over its micro-batches and
-    over the trained window steps by `lax.scan`, so memory is that of one micro-batch and one step.
+    over the trained window steps by `lax.scan`, in fp32, so memory is that of one micro-batch and one step. Parameters
+    in bf16 are rounded stochastically, which needs a `key`; the update's number is folded into it.
 
     Args of the returned function:
         reference: parameters of the frozen reference policy, or None where the objective needs none.
@@ -82,12 +88,12 @@ def make_update(
 
         def apply(state: TrainState, samples):
             elements = (jnp.repeat(samples, num_train, axis=0), jnp.tile(train, num_micro))
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             (_, total), metrics = lax.scan(accumulate, (state.params, zeros), elements)
             gradients = jax.tree.map(lambda g: g / (num_micro * num_train), total)
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+            params = apply_updates(state.params, updates, None if key is None else jax.random.fold_in(key, state.step))
+            ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
             metrics = {name: _by_step(name, m.reshape(num_micro, num_train)) for name, m in metrics.items()}
             metrics["grad_norm"] = optax.global_norm(gradients)
             return TrainState(params, opt_state, ema, state.step + 1), metrics
@@ -95,6 +101,24 @@ def make_update(
         return lax.scan(apply, state, samples)
 
     return update
+
+
+def apply_updates(params: Any, updates: Any, key: Array | None) -> Any:
+    """params + updates, in fp32; to bf16 by stochastic rounding, since most updates are under half a unit there."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda p, u: p.astype(u.dtype) + u, params, updates))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+    if jnp.bfloat16 in dtypes:
+        assert key is not None
+        keys = jax.random.split(key, len(leaves))
+        leaves = [stochastic_round(x, k) if d == jnp.bfloat16 else x for x, d, k in zip(leaves, dtypes, keys)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def stochastic_round(x: Array, key: Array) -> Array:
+    """fp32 -> one of the two nearest bf16, at random with E[round(x)] = x: noise is added to the 16 bits cut off."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _by_step(name: str, values: Array) -> Array:

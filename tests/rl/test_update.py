@@ -7,7 +7,7 @@ import pytest
 from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
 from mixgrpo_jax.flow.rollout import Sampler, rollout
 from mixgrpo_jax.rl.objectives import GRPOConfig, Row, grpo
-from mixgrpo_jax.rl.update import assign, init_state, make_update
+from mixgrpo_jax.rl.update import apply_updates, assign, init_state, make_update, stochastic_round
 
 GROUP_ID = jnp.repeat(jnp.arange(2), 4)
 ADVANTAGE = jnp.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.1, -0.1])
@@ -81,6 +81,45 @@ def test_average_of_the_parameters(setting):
     state, _ = run(setting, optax.sgd(0.1), num_updates=1, micro_batch=4, ema_decay=0.75)
     for name, start in setting[1].items():
         np.testing.assert_allclose(state.ema[name], 0.75 * start + 0.25 * state.params[name], rtol=1e-5)
+
+
+def test_no_average_is_kept_where_none_is_asked_for(setting):
+    objective, params, rows, cond = setting
+    optimiser = optax.sgd(0.1)
+    update = make_update(objective, optimiser, num_updates=2, micro_batch=2, ema_decay=0.0)
+    state, _ = jax.jit(update)(init_state(params, optimiser, False), None, rows, ADVANTAGE, GROUP_ID, cond, TRAIN)
+    assert state.ema is None
+    averaged, _ = run(setting, optimiser, num_updates=2, micro_batch=2)
+    jax.tree.map(np.testing.assert_array_equal, state.params, averaged.params)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.00390625 + 2**-12, 3e-5, 1e30])
+def test_stochastic_rounding_is_right_on_average(value):
+    x = jnp.full(200_000, value)
+    rounded = stochastic_round(x, jax.random.key(0))
+    assert rounded.dtype == jnp.bfloat16 and len(np.unique(np.asarray(rounded, np.float32))) <= 2
+    np.testing.assert_allclose(np.asarray(rounded, np.float64).mean(), np.float32(value), rtol=3e-5)
+    special = jnp.array([0.0, jnp.inf, -jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(np.asarray(stochastic_round(special, jax.random.key(1)), np.float32), special)
+
+
+def test_small_updates_of_bf16_parameters_add_up():
+    params, step = {"w": jnp.ones(1000, jnp.bfloat16)}, {"w": jnp.full(1000, 1e-4)}  # a fortieth of a unit
+    for index in range(100):
+        params = apply_updates(params, step, jax.random.key(index))
+    assert params["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(params["w"], np.float32).mean(), 1.01, rtol=1e-3)
+
+
+def test_the_state_of_bf16_parameters_is_fp32(setting):
+    objective, params, rows, cond = setting
+    params, optimiser = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), optax.adamw(1e-3)
+    update = make_update(objective, optimiser, num_updates=2, micro_batch=2, ema_decay=0.5, key=jax.random.key(0))
+    before = init_state(params, optimiser)
+    after, _ = jax.jit(update)(before, None, rows, ADVANTAGE, GROUP_ID, cond, TRAIN)
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, before)
+    assert {a.dtype for a in jax.tree.leaves((after.opt_state[0].nu, after.ema))} == {jnp.dtype(jnp.float32)}
+    assert {a.dtype for a in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_every_update_takes_its_share_of_every_group():
