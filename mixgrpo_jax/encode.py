@@ -39,6 +39,7 @@ from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts
 from mixgrpo_jax.models.text import clip, t5
+from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 
 DTYPE = jnp.dtype(jnp.bfloat16)
@@ -252,6 +253,7 @@ def _unstack(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def main(_):  # noqa: D103
+    distributed.initialize()
     encode(
         _SOURCE.value,
         _PROMPTS.value,

@@ -6,6 +6,7 @@ Uses the newest checkpoint in workdir, or without one the model's folder. `--con
 parameters, `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts, Policy, Trainable
 from mixgrpo_jax.rewards import REWARDS, score_all
-from mixgrpo_jax.runtime import checkpoint, report
+from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
 
@@ -118,18 +119,19 @@ class HeldOut:
         """Pictures of the prompts, the same noise every time: a prompt's depends on its index, not on its batch."""
         count, size = len(self.prompts), self.options.batch
         images = []
-        for start in tqdm(range(0, count, size), desc="draw held-out", leave=False):
+        for start in tqdm(range(0, count, size), desc="draw held-out", leave=False, disable=not distributed.is_first()):
             index = np.arange(start, start + size)
             batch = self.task.collate([self.elements[i] for i in index])
             cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
             noise = rollout.initial_noise(rollout.Sampler(), self.key, jnp.asarray(index), self.policy.latent_shape)
-            images.append(np.asarray(self._draw(trained, frozen, cond, noise)))
+            images.append(distributed.gather(self._draw(trained, frozen, cond, noise)))
         return np.concatenate(images)
 
     def assess(self, trained: Any, frozen: Any) -> Assessment:
         """Pictures of the prompts and their scores by every reward of the config."""
         images = self.draw(trained, frozen)
-        return Assessment(images, score_all(self.rewards, images, self.prompts, self.metadata))
+        score = functools.partial(score_all, self.rewards)
+        return Assessment(images, distributed.map_rows(score, images, self.prompts, self.metadata))
 
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:
@@ -165,14 +167,16 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     trained, source = restore(config, workdir, trainable.params)
     held_out = HeldOut(config, policy, trainable.attach)
     images, scores = held_out.assess(trained, frozen)
-    print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
-    print(table(scores, held_out.groups))
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    report.save_png(pathlib.Path(workdir) / "held_out.png", report.tile(images[:96], columns=8))
+    if distributed.is_first():
+        print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+        print(table(scores, held_out.groups))
+        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+        report.save_png(pathlib.Path(workdir) / "held_out.png", report.tile(images[:96], columns=8))
     return {name: float(values.mean()) for name, values in scores.items()}
 
 
 def main(_):  # noqa: D103
+    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     evaluate(_CONFIG.value, _WORKDIR.value)
 

@@ -26,7 +26,7 @@ from mixgrpo_jax.evaluate import HeldOut, table
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import TrainState, init_state
-from mixgrpo_jax.runtime import report
+from mixgrpo_jax.runtime import distributed, report
 
 
 def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array, tokens: Any, key: Array) -> Array:
@@ -83,7 +83,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
     held_out = HeldOut(config, policy)
 
-    progress = trange(1, options.steps + 1, desc="pretrain")
+    progress = trange(1, options.steps + 1, desc="pretrain", disable=not distributed.is_first())
     for index in progress:
         batch = batches[index - 1]
         tokens = policy.tokenize(batch["prompt"])
@@ -93,11 +93,14 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
         if index % options.evaluate_every and index < options.steps:
             continue
         images, scores = held_out.assess(state.ema["transformer"], state.ema | {"base": None})
-        progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
+        if distributed.is_first():
+            progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
     progress.close()
 
-    policies.save(workdir / "checkpoint", parts, state.ema)
     means = {name: round(float(values.mean()), 4) for name, values in scores.items()}
+    if not distributed.is_first():
+        return means
+    policies.save(workdir / "checkpoint", parts, state.ema)
     card = {"command": " ".join(["python -m mixgrpo_jax.pretrain", *sys.argv[1:]]), "seed": config.seed, "steps": index}
     (workdir / "checkpoint" / "card.json").write_text(json.dumps(card | {"held_out": means}, indent=2) + "\n")
     print(table(scores, held_out.groups))
@@ -106,6 +109,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
 
 
 def main(_):  # noqa: D103
+    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     pretrain(_CONFIG.value, _WORKDIR.value)
 

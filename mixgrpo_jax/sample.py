@@ -21,8 +21,8 @@ from tqdm import tqdm
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.evaluate import load_policy, make_draw, restore
 from mixgrpo_jax.flow.rollout import Sampler, initial_noise
+from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
-from mixgrpo_jax.runtime import report
 
 
 def sample(
@@ -38,26 +38,34 @@ def sample(
     _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
     trained, source = restore(config, workdir, trainable.params)
     draw, features = make_draw(policy, config.evaluation, trainable.attach), jax.jit(policy.features)
-    print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+    first = distributed.is_first()
+    if first:
+        print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
 
     if noise is None:
         key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
         noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
-    folder = pathlib.Path(workdir) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
     size, drawn = min(config.evaluation.batch, len(prompts)), []
-    for start in tqdm(range(0, len(prompts), size), "sample"):
+    for start in tqdm(range(0, len(prompts), size), "sample", disable=not first):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
         cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
-        drawn.append(np.asarray(draw(trained, frozen, cond, noise[index])))
+        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
     images = np.concatenate(drawn)[: len(prompts)]
-    for number, image in enumerate(images):
-        report.save_png(folder / f"{number:03}.png", image)
-    report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+    if first:
+        write(pathlib.Path(workdir) / "samples", images)
     return images
 
 
+def write(folder: pathlib.Path, images: np.ndarray) -> None:
+    """The pictures [N, H, W, 3] one by one, and on one page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        report.save_png(folder / f"{number:03}.png", image)
+    report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+
+
 def main(_):  # noqa: D103
+    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value)
 

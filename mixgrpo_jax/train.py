@@ -7,6 +7,7 @@ last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration)
 rewards.png.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -25,13 +26,18 @@ from mixgrpo_jax.flow import plans
 from mixgrpo_jax.programs import make_programs
 from mixgrpo_jax.rewards import REWARDS, score_all
 from mixgrpo_jax.rl.advantages import advantages
+from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
-from mixgrpo_jax.runtime import metrics, report
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 
 
 def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Run the config's iterations in `workdir`; returns the held-out scores {name: [N]} of the result."""
+    """Run the config's iterations in `workdir`; returns the held-out scores {name: [N]} of the result.
+
+    Of several processes, each must find `workdir` at the same place.
+    """
+    if "://" in str(workdir):
+        raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
     settings, mesh = configs.resolve(config), meshes.make_mesh(config.mesh)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -48,8 +54,10 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
 
     # The policy, what is trained of it, and the programs of an iteration.
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=config.data.name != "features")
-    print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
-    print(settings.arithmetic())
+    first = distributed.is_first()
+    if first:
+        print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
+        print(settings.arithmetic())
     programs = make_programs(settings, parts, trainable, mesh)
     held_out = HeldOut(config, policy, trainable.attach)
 
@@ -61,15 +69,17 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
         window = plans.WindowState(**host["window"])
         before = Assessment.load(workdir / "before.npz")
     else:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
         before = held_out.assess(state.params, frozen)
-        before.save(workdir / "before.npz")
+        if first:
+            (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+            before.save(workdir / "before.npz")
     writer = metrics.MetricWriter(workdir, resume_at=window.iteration)
     if window.iteration == 0:
         writer.write(0, metrics.means("held_out", before.scores))
 
     after = None
-    progress = tqdm(range(window.iteration, config.iterations), "train", config.iterations, initial=window.iteration)
+    iterations = range(window.iteration, config.iterations)
+    progress = tqdm(iterations, "train", config.iterations, initial=window.iteration, disable=not first)
     for iteration in progress:
         timer = metrics.PhaseTimer()
         key = jax.random.fold_in(jax.random.key(config.seed), iteration)
@@ -85,7 +95,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
 
         with timer("reward"):
             texts, metadata = ([batch[key][group] for group in group_id] for key in ("prompt", "metadata"))
-            scores = score_all(rewards, images, texts, metadata)
+            scores = distributed.map_rows(functools.partial(score_all, rewards), images, texts, metadata)
             advantage = advantages(scores, group_id, config.rewards, settings.advantage)
 
         with timer("update"):
@@ -117,10 +127,11 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
 
     if after is None:  # the run was finished before
         after = held_out.assess(state.ema if config.evaluation.ema else state.params, frozen)
-    print(f"before\n{table(before.scores, held_out.groups)}\nafter\n{table(after.scores, held_out.groups)}")
-    pictures = {"before": before.images, "after": after.images}
-    report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
-    report.curve(workdir)
+    if first:
+        print(f"before\n{table(before.scores, held_out.groups)}\nafter\n{table(after.scores, held_out.groups)}")
+        pictures = {"before": before.images, "after": after.images}
+        report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
+        report.curve(workdir)
     return after.scores
 
 
@@ -147,6 +158,7 @@ def summarise(learned: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def main(_):  # noqa: D103
+    distributed.initialize()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     train(_CONFIG.value, _WORKDIR.value)
 

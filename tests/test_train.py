@@ -142,3 +142,8 @@ def test_a_mesh_of_eight_devices_gives_the_single_devices_metrics(straight, tmp_
         for name in ("reward/colour/mean", "reward/ocr/mean", "loss/total", "nfe/rollout", "window/start"):
             assert a[name] == pytest.approx(b[name], abs=1e-3), name
     assert eight[-1]["compilations"] == 2
+
+
+def test_a_bucket_is_refused_before_a_folder_of_its_name_is_made():
+    with pytest.raises(configs.ConfigError, match="workdir='gs://bucket/run' is no folder: mount the bucket"):
+        train.train(tiny(), "gs://bucket/run")

@@ -81,19 +81,24 @@ def brief(line: Mapping) -> dict[str, str]:
 
 
 class MetricWriter:
-    """Appends to `workdir`/metrics.jsonl, one flat object a line, written through at once.
+    """Appends to `workdir`/metrics.jsonl, one flat object a line, written through at once, by process 0 alone.
 
     On resume, lines of iterations that will be run again are dropped.
     """
 
     def __init__(self, workdir: str | pathlib.Path, resume_at: int = 0):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         kept = [line for line in read(self.path) if line["iteration"] <= resume_at]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._board = _tensorboard(workdir)
 
     def write(self, iteration: int, metrics: Mapping[str, float | int]) -> None:
         """One line: the iteration (from 1), then the metrics."""
+        if not self._writes:
+            return
         line = {"iteration": iteration} | {name: _plain(value) for name, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,0 +1,131 @@
+"""Several processes as one run: how they find each other, and what lies on one of them and is needed on all."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def initialize() -> None:
+    """Join the run's other processes where the environment tells of some; must come before JAX sees its devices.
+
+    Told by, in this order: `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` and `JAX_COORDINATOR_ADDRESS` (host:port of process
+    0); a step of SLURM or Open MPI with several tasks; a Cloud TPU slice, on GKE or as TPU VMs. Otherwise, and with
+    `JAX_NUM_PROCESSES=1`, the process is on its own.
+
+    Raises:
+        ValueError: the environment tells half of it; the message names the variable and the remedy.
+    """
+    told = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
+    if told.get(COUNT) == "1":
+        return
+    if COUNT in told or INDEX in told:
+        jax.distributed.initialize(**_explicit(told))
+    elif _scheduled():
+        jax.distributed.initialize()  # which takes the address from the environment, if it is there
+    elif told:
+        raise ValueError(f"{ADDRESS}={told[ADDRESS]}, but {_set_or_unset([COUNT, INDEX])}")
+
+
+def _explicit(told: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize`, which reads no more than the address from the environment."""
+    if missing := [name for name in (ADDRESS, COUNT, INDEX) if name not in told]:
+        raise ValueError(f"{', '.join(f'{k}={v}' for k, v in told.items())}, but {_set_or_unset(missing)}")
+    for name, form, example in (
+        (ADDRESS, r".+:\d+", "10.0.0.1:1234"),
+        (COUNT, r"[1-9]\d*", "2"),
+        (INDEX, r"\d+", "0"),
+    ):
+        if not re.fullmatch(form, told[name]):
+            raise ValueError(f"{name}={told[name]!r} cannot be read: it should look like {example}")
+    count, index = int(told[COUNT]), int(told[INDEX])
+    if index >= count:
+        raise ValueError(f"{INDEX}={index} with {COUNT}={count}: processes are counted from 0 to {count - 1}")
+    return dict(coordinator_address=told[ADDRESS], num_processes=count, process_id=index)
+
+
+def _set_or_unset(missing: Sequence[str]) -> str:
+    return (
+        f"{' and '.join(missing)} not set: set them on every process ({ADDRESS}=host:port of process 0, {COUNT}, "
+        f"{INDEX} from 0), or unset all for a run of one process"
+    )
+
+
+def _scheduled() -> bool:
+    """Whether a scheduler that JAX knows has started this process as one of several."""
+    env = os.environ
+    if int(env.get("SLURM_NTASKS") or 1) > 1:
+        if "SLURM_STEP_NODELIST" not in env:
+            raise ValueError(
+                f"SLURM_NTASKS={env['SLURM_NTASKS']}, but SLURM_STEP_NODELIST is not set, so that this is one process "
+                f"and no step: start it with srun, or set {COUNT}=1 for a run of one process"
+            )
+        return True
+    if int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        return True
+    if not _finds_tpu():
+        return False
+    if hosts := env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES"):  # as GKE sets them
+        return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    return "TPU_SKIP_MDS_QUERY" not in env  # a TPU VM: its metadata server knows, and one host is welcome too
+
+
+def _finds_tpu() -> bool:
+    """Whether this host has a TPU that is to be used: JAX looks at its import, and then puts it before the CPU."""
+    return (jax.config.jax_platforms or "").startswith("tpu")
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes logs and pictures."""
+    return jax.process_index() == 0
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """An array whose rows may lie on several processes, as a host array on every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def map_rows(
+    score: Callable[..., dict[str, np.ndarray]], images: jax.Array | np.ndarray, *columns: Sequence
+) -> dict[str, np.ndarray]:
+    """`score(images, *columns)`, {name: fp32 [B]} on every process, where each scores a part of the rows.
+
+    Args:
+        score: works row by row.
+        images: [B, ...]. Of an array that is sharded over processes, each takes the rows that it holds; one that all
+            hold is dealt out.
+        columns: lists of B entries, the same on every process.
+    """
+    if jax.process_count() == 1:
+        return score(images, *columns)
+    index, rows = _own_rows(images)
+    local = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    with jax.set_mesh(local):  # for the programs of rewards: other processes have other rows
+        scores = score(rows, *([column[i] for i in index] for column in columns))
+    whole = np.full((len(scores), len(images)), np.nan, np.float32)
+    whole[:, index] = list(scores.values())
+    held = np.zeros(len(images), bool)
+    held[index] = True
+    by_process, held = multihost_utils.process_allgather((whole, held))  # [N, rewards, B], [N, B]
+    merged = by_process[held.argmax(0), :, np.arange(len(images))]  # of the first process that has the row
+    return dict(zip(scores, merged.T))
+
+
+def _own_rows(images: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rows that this process scores, at least one, and the rows."""
+    if isinstance(images, jax.Array) and not images.is_fully_replicated:
+        shards = {shard.index[0].indices(len(images)): shard.data for shard in images.addressable_shards}
+        index = np.concatenate([np.arange(*rows) for rows in shards])
+        return index, np.concatenate([np.asarray(data) for data in shards.values()])
+    index = np.arange(len(images))[jax.process_index() :: jax.process_count()]
+    index = index if index.size else np.zeros(1, int)
+    return index, np.asarray(images)[index]

@@ -1,0 +1,109 @@
+"""What the environment tells of the run's processes; what two real ones do is in test_two_processes.py."""
+
+import jax
+import numpy as np
+import pytest
+
+from mixgrpo_jax.runtime import distributed
+
+NAMES = [
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    *("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"),
+    *("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY"),
+]
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+EXPLICIT = ADDRESS | {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+STEP = {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "gpu[1-2]"}
+DETECT = {}  # JAX is called without arguments, and finds out by itself
+
+
+@pytest.fixture
+def initialise(monkeypatch):
+    """`initialise(tpu, **environment)`: the arguments that JAX's own function gets, None if it is not called."""
+
+    def run(tpu=False, **environment):
+        calls = []
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "_finds_tpu", lambda: tpu)
+        distributed.initialize()
+        return calls[0] if calls else None
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tpu", "environment", "expected"),
+    [
+        (False, {}, None),
+        (False, EXPLICIT, {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 2}),
+        (False, {"JAX_NUM_PROCESSES": "1"}, None),
+        (True, EXPLICIT | {"JAX_NUM_PROCESSES": "1"}, None),
+        (False, {"SLURM_NTASKS": "1"}, None),
+        (False, STEP, DETECT),
+        (False, STEP | ADDRESS, DETECT),
+        (False, STEP | {"JAX_NUM_PROCESSES": "1"}, None),
+        (False, {"OMPI_COMM_WORLD_SIZE": "2"}, DETECT),
+        (True, {}, DETECT),  # a TPU VM, which its metadata server tells the rest
+        (True, {"TPU_SKIP_MDS_QUERY": "1"}, None),
+        (True, {"TPU_WORKER_HOSTNAMES": "a,b"}, DETECT),
+        (True, {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (True, {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, DETECT),
+        (False, {"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # leftovers: there is no TPU
+    ],
+)
+def test_several_processes_are_joined_and_one_is_left_alone(initialise, tpu, environment, expected):
+    assert initialise(tpu, **environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ADDRESS, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1234, but JAX_NUM_PROCESSES and JAX_PROCESS_ID not set: set them"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2, but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0, but JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not set"),
+        (EXPLICIT | {"JAX_PROCESS_ID": ""}, "but JAX_PROCESS_ID not set"),
+        (
+            EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "gpu1"},
+            "JAX_COORDINATOR_ADDRESS='gpu1' cannot be read.*10.0.0.1:1234",
+        ),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' cannot be read"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4 with JAX_NUM_PROCESSES=4: .* from 0 to 3"),
+        ({"SLURM_NTASKS": "8"}, "SLURM_NTASKS=8, but SLURM_STEP_NODELIST is not set.*srun.*JAX_NUM_PROCESSES=1"),
+    ],
+)
+def test_half_told_is_refused_by_name(initialise, environment, message):
+    with pytest.raises(ValueError, match=message):
+        initialise(**environment)
+
+
+def test_here_there_is_no_tpu():
+    assert not distributed._finds_tpu()
+
+
+def test_one_process_scores_and_gathers_as_if_there_were_none():
+    images, seen = np.zeros((3, 2, 2, 3), np.uint8), []
+
+    def score(*arguments):
+        seen.append(arguments)
+        return {"a": np.arange(3.0)}
+
+    assert distributed.map_rows(score, images, ["x", "y", "z"])["a"].tolist() == [0, 1, 2]
+    assert seen[0][0] is images
+    assert distributed.gather(jax.numpy.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(6, 4), (2, 3), (1, 1)])
+def test_every_row_has_a_process_and_every_process_a_row(monkeypatch, rows, processes):
+    images = np.arange(rows)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    taken = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        positions, values = distributed._own_rows(images)
+        assert positions.size and (values == images[positions]).all()
+        taken.extend(positions)
+    assert set(taken) == set(range(rows))

@@ -1,0 +1,125 @@
+"""Two real processes of four devices each, on loopback, train as one process of eight devices does."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mixgrpo_jax.data.signs import build_tokenizer
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.flux import model as flux
+from mixgrpo_jax.models.text import t5
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from mixgrpo_jax import config as configs, evaluate, sample, train
+from mixgrpo_jax.runtime import distributed
+
+distributed.initialize()
+workdir, folder, rank = sys.argv[1:]
+config = configs.load("mixgrpo", "configs/any.py")
+config.model.folder, config.model.lora.rank = folder, int(rank)
+config.iterations, config.checkpoint.every = 3, 2
+config.mesh.data, config.mesh.fsdp = 2, -1
+config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 1, 8
+config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 3, 1, 1
+config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 6, 2
+config.rewards, config.watched = dict(colour=1.0), ("ocr",)
+train.train(config, workdir)
+if config.model.lora.rank:
+    assert 0 < evaluate.evaluate(config, workdir)["colour"] < 1
+    assert sample.sample(config, workdir, ["a red sign that says 1 in blue"] * 3).shape == (3, 16, 48, 3)
+"""
+
+
+def run(workdir, folder, processes, rank=0):
+    """Train in `workdir` by so many processes of eight devices together; returns its metrics but what a clock says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
+    told["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+    command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank)]
+    started = []
+    try:
+        for index in range(processes):
+            env = os.environ | told | {"JAX_PROCESS_ID": str(index)}
+            log = (pathlib.Path(workdir).parent / f"{pathlib.Path(workdir).name}-{index}.log").open("w")
+            started.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log), log.name))
+        for process, log in started:
+            assert process.wait() == 0, pathlib.Path(log).read_text()[-4000:]
+    finally:
+        for process, _ in started:
+            process.send_signal(signal.SIGKILL)  # JAX takes SIGTERM for a notice of preemption
+    return lines(workdir), [pathlib.Path(log).read_text() for _, log in started]
+
+
+def lines(workdir):
+    text = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in text]
+
+
+def assert_close(ours, theirs):
+    assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
+    for a, b in zip(ours, theirs):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (name, a["iteration"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy of a thousandth of the shipped one's work."""
+    folder = tmp_path_factory.mktemp("policy")
+    sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
+    text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
+    params = policies.init(parts, jax.random.key(0))
+    policies.save(folder, parts, jax.tree.map(np.asarray, params))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """{processes: workdir} of uninterrupted runs, and what the processes said."""
+    workdirs = {processes: tmp_path_factory.mktemp("straight") / str(processes) for processes in (1, 2)}
+    return workdirs, {processes: run(workdir, folder, processes)[1] for processes, workdir in workdirs.items()}
+
+
+def test_two_processes_train_as_one(straight):
+    workdirs, said = straight
+    two = lines(workdirs[2])
+    assert [line["iteration"] for line in two] == [0, 1, 2, 3]
+    assert two[-1]["compilations"] == 2
+    assert 0 < two[1]["reward/colour/mean"] < 1 and two[1]["reward/colour/std"] > 0
+    assert_close(two, lines(workdirs[1]))
+    with np.load(workdirs[1] / "before.npz") as one, np.load(workdirs[2] / "before.npz") as both:
+        assert np.abs(one["images"].astype(int) - both["images"]).max() <= 1
+    assert "before_after.png" in {path.name for path in workdirs[2].iterdir()}
+    assert "held-out" in said[2][0] and "samples an iteration" in said[2][0]
+    assert "held-out" not in said[2][1] and "samples an iteration" not in said[2][1]  # the second says nothing
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_checkpoint_is_for_any_number_of_processes(straight, folder, tmp_path, first, then):
+    workdir = tmp_path / "resumed"
+    shutil.copytree(straight[0][first], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    resumed, _ = run(workdir, folder, then)
+    assert_close(resumed, lines(straight[0][first]))
+
+
+def test_two_processes_train_adapters_evaluate_and_sample(folder, tmp_path):
+    log, _ = run(tmp_path / "lora", folder, 2, rank=2)
+    assert [line["iteration"] for line in log] == [0, 1, 2, 3]
+    assert (tmp_path / "lora" / "held_out.png").is_file()
+    assert len(list((tmp_path / "lora" / "samples").glob("00?.png"))) == 3
