@@ -79,7 +79,7 @@ def _scheduled() -> bool:
 
 def _finds_tpu() -> bool:
     """Whether this host has a TPU that is to be used: JAX looks at its import, and then puts it before the CPU."""
-    return (jax.config.jax_platforms or "").startswith("tpu")
+    return (getattr(jax.config, "jax_platforms", None) or "").startswith("tpu")
 
 
 def is_first() -> bool:
