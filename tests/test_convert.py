@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -111,13 +112,14 @@ def test_dtype_is_that_asked_for(tmp_path):
 def save_run(workdir, base, settings, trained, average):
     """A run's workdir, as train leaves it."""
     state = init_state(jax.tree.map(jnp.asarray, trained), optax.adam(1e-3))
-    state = state._replace(ema=jax.tree.map(jnp.asarray, average))
+    state = state._replace(ema=jax.tree.map(jnp.asarray, average) if average else None)
     checkpoints = Checkpoints(workdir)
     checkpoints.save(1, init_state(jax.tree.map(jnp.zeros_like, state.params), optax.adam(1e-3)), {}, force=True)
     checkpoints.save(2, state, {"window": {}}, force=True)
     checkpoints.close()
     model = {"folder": str(base.parent), "transformer": "", "lora": dataclasses.asdict(settings)}
-    (workdir / "config.json").write_text(json.dumps({"seed": 0, "model": model}))
+    run = {"seed": 0, "model": model, "optimizer": {"ema_decay": 0.9 if average else 0.0}}
+    (workdir / "config.json").write_text(json.dumps(run))
     return workdir
 
 
@@ -146,6 +148,13 @@ def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
     _, params = flux.load_folder(tmp_path / "out")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(seed))
     assert config_of(tmp_path / "out").items() >= FIELDS.items()
+
+
+def test_a_run_without_an_average_gives_its_parameters(tmp_path, full_run):
+    base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
+    convert(save_run(tmp_path / "run", base, LoraConfig(), random_params(1), None), tmp_path / "out", "diffusers")
+    _, params = flux.load_folder(tmp_path / "out")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(1))
 
 
 @pytest.mark.parametrize("dtype, to", [("", "diffusers"), ("float32", "orbax")])

@@ -94,7 +94,8 @@ def test_evaluate_and_sample_read_the_checkpoint(straight):
     prompts = ["a blue sign that says 4270 in white", "a pink sign that says 8 in black"]
     both = sample(config, workdir, prompts)
     assert both.shape == (2, 16, 48, 3)
-    np.testing.assert_array_equal(sample(config, workdir, prompts[:1])[0], both[0])
+    alone = sample(config, workdir, prompts[:1])[0].astype(int)
+    np.testing.assert_allclose(alone, both[0], atol=1)  # another batch sums in another order, and a pixel rounds
     assert (workdir / "samples" / "001.png").is_file()
 
 
