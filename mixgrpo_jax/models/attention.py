@@ -1,6 +1,5 @@
 """Attention without a mask, through one function with a fused kernel for each kind of accelerator."""
 
-import math
 from typing import Literal, get_args
 
 import jax
@@ -8,16 +7,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from mixgrpo_jax.models.placement import BATCH_AXES, dividing
 from mixgrpo_jax.models.remat import ATTENTION
 
 Kernel = Literal["xla", "cudnn", "splash"]
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION_BACKENDS = get_args(Backend)
 
-BATCH_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 LANES = 128
@@ -80,16 +78,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash_on_device(q, k, v)
-    batch, heads = _dividing(mesh, BATCH_AXES, q.shape[0]), _dividing(mesh, HEAD_AXES, q.shape[2])
+    batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[2])
     inputs, output = P(batch, None, heads, None), P(batch, None, heads)
     # A Pallas call does not say over which axes its result varies, so that check is off.
     return jax.shard_map(_splash_on_device, in_specs=(inputs,) * 3, out_specs=output, check_vma=False)(q, k, v)
-
-
-def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Those of the axes that the mesh has, if together they divide size; else none."""
-    axes = tuple(axis for axis in axes if axis in mesh.shape)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
 def _splash_on_device(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -123,3 +115,16 @@ def block_size(length: int) -> int:
     """
     tiles = -(-length // MAX_BLOCK)
     return -(-length // (tiles * LANES)) * LANES
+
+
+def kernel_flops(name: str, operands: list[tuple[str, tuple[int, ...]]]) -> float:
+    """Floating-point operations of a splash kernel by its name in a compiled program and its operands' shapes.
+
+    The forward pass has two products of 2 n S^2 d with q [n, S, d], its first operand of floats; the backward pass has
+    five, since it computes the scores again. 0 for another kernel.
+    """
+    products = 5 if name.startswith("splash_mha_dkv") else 2 if name.startswith("splash_mha_fwd") else 0
+    if not products:
+        return 0.0
+    n, s, d = next(shape for kind, shape in operands if len(shape) == 3 and kind in ("bf16", "f16", "f32"))
+    return products * 2.0 * n * s * s * d

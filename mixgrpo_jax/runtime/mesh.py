@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -24,7 +25,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(shape) < 1 or np.prod(shape) != len(devices):
         asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise ValueError(f"mesh {asked} does not fill {len(devices)} devices; set one axis to -1 to fill")
-    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    # A slice's own axes may have to be split: tensor=2 of v5p's 4x4x4, say.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_name(path: tuple) -> str:
@@ -60,8 +63,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Parts that samples are spread over: devices along data and fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh, size: int, axis: int = 0) -> NamedSharding:
     """Samples over the batch axes of the mesh, where `size` of them divide; otherwise replicated."""
     spec = PartitionSpec(*[None] * axis, BATCH[0])
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, spec if size % ways == 0 else PartitionSpec())
+    return NamedSharding(mesh, spec if size % batch_ways(mesh) == 0 else PartitionSpec())
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """The shapes of a tree with its shardings, as ahead-of-time compilation takes them."""
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, places)
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes that a tree of sharded arrays, or of their shapes, takes on each device."""
+    return sum(np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mixgrpo_jax.models import layers
 from mixgrpo_jax.models.layers import ZEROS, Embedder, Linear, RMSNorm
+from mixgrpo_jax.models.placement import spread
 from mixgrpo_jax.models.remat import REMAT as REMAT
 from mixgrpo_jax.models.remat import rematerialise
 
@@ -168,13 +169,14 @@ class _Flux(nnx.Module):
         angles = layers.rope_angles(ids, self.axes_dims)
 
         def double(streams, block):
-            return block(*streams, condition, angles, backend), None
+            return spread(block(*streams, condition, angles, backend)), None
 
         def single(x, block):
-            return block(x, condition, angles, backend), None
+            return spread(block(x, condition, angles, backend)), None
 
         double, single = (rematerialise(body, remat) for body in (double, single))
-        (text, image), _ = jax.lax.scan(double, (self.text_in(text), self.image_in(x)), self.double_blocks)
+        streams = self.text_in(spread(text)), self.image_in(spread(x))
+        (text, image), _ = jax.lax.scan(double, spread(streams), self.double_blocks)
         tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
         scale, shift = _chunks(self.final_modulation(condition), 2)
         return self.final_out(layers.modulate(tokens[:, text.shape[1] :], shift, scale))

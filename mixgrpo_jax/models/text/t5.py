@@ -15,6 +15,7 @@ from flax import nnx
 
 from mixgrpo_jax.models import layers, weights
 from mixgrpo_jax.models.layers import Linear, RMSNorm, normal
+from mixgrpo_jax.models.placement import spread
 from mixgrpo_jax.models.weights import Rule, linear
 
 Params = dict[str, Any]
@@ -104,7 +105,7 @@ class _Encoder(nnx.Module):
     def __call__(self, tokens, buckets, dtype):
         bias = jnp.moveaxis(self.relative_bias[...][buckets], -1, 0)[None].astype(jnp.float32)
         x = self.embedding[...][tokens].astype(dtype)
-        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
+        x, _ = jax.lax.scan(lambda x, block: (spread(block(x, bias)), None), spread(x), self.blocks)
         return self.final_norm(x)
 
 
@@ -151,13 +152,18 @@ def apply(config: T5Config, params: Params, tokens: jax.Array, dtype: jnp.dtype 
     return nnx.merge(_graphdef(config), params)(tokens, buckets, dtype)
 
 
+def read_config(folder: str | os.PathLike) -> T5Config:
+    """The sizes in a folder's config.json. Raises ValueError for a folder of another model."""
+    return T5Config(**weights.known_fields(T5Config, weights.read_config(folder, RELEASE)))
+
+
 def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[T5Config, Params]:
     """Reads a T5 v1.1 encoder as transformers saves it.
 
     Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
     folder of another model, or tensors that do not fit the config.
     """
-    config = T5Config(**weights.known_fields(T5Config, weights.read_config(folder, RELEASE)))
+    config = read_config(folder)
     skeleton = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     return config, weights.load(TABLE, skeleton, weights.read_safetensors(folder), dtype=dtype, ignore=TIED)
 

@@ -1,0 +1,45 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixgrpo_jax.models.placement import spread
+
+ON_EIGHT = """
+import functools
+import jax, jax.numpy as jnp
+from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.runtime import hlo, mesh as meshes
+mesh = meshes.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+config = flux.flux_small()
+shapes = jax.eval_shape(functools.partial(flux.init, config), jax.random.key(0))
+params = meshes.placed(shapes, meshes.shardings(shapes, policy.RULES, mesh))
+
+def apply(params, x, text, pooled):
+    return flux.apply(config, params, x, 0.5, text, pooled, 3.5, flux.image_ids(2, 12))
+
+def array(*shape):
+    return jax.ShapeDtypeStruct((16, *shape), jnp.float32)
+
+with jax.set_mesh(mesh):
+    lowered = jax.jit(apply).lower(params, array(24, 96), array(12, 128), array(128))
+cost = hlo.cost(lowered.compile().as_text())
+print(8 * cost.flops / (16 * flux.flops(config, 24, 12)))
+"""
+
+
+def test_each_device_computes_its_own_samples():
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0.99 < float(done.stdout) < 1.03
+
+
+def test_without_a_mesh_nothing_moves():
+    x = {"a": jnp.ones((3, 2)), "b": jnp.arange(3)}
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(spread)(x), x)
