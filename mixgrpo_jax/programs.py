@@ -46,7 +46,7 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     return Programs(
         init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
         features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, config.batch.prompts)),
-        rollout=jax.jit(make_rollout(settings, parts, trainable.attach), out_shardings=sampled),
+        rollout=jax.jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
         decode=jax.jit(policy.decode, out_shardings=by_sample),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jax.jit(
@@ -57,18 +57,18 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     )
 
 
-def make_rollout(settings: Settings, parts: policies.Parts, attach: Any) -> Any:
+def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: Any) -> Any:
     """`run(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
     policy = policies.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch = settings.config.batch
-    repeats = 1 if batch.shared_noise else batch.group
+    repeats = prefix_rows(batch, mesh) // batch.prompts
 
     def run(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
         cond = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), cond)
-        noise: Array = initial_noise(
-            settings.sampler, noise_key, jnp.arange(batch.prompts * repeats), policy.latent_shape
-        )
+        own = jnp.arange(batch.prompts * repeats)
+        ids = own // repeats if batch.shared_noise else own
+        noise: Array = initial_noise(settings.sampler, noise_key, ids, policy.latent_shape)
         return rollout(
             policy.velocity,
             attach(trained, frozen["base"]),
@@ -82,6 +82,19 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any) -> Any:
         )
 
     return run
+
+
+def prefix_rows(batch: Any, mesh: Any) -> int:
+    """Rows of a rollout's prefix: one a prompt where the group shares its noise, else one a sample.
+
+    Prompts that do not divide over the batch axes would run whole on every device, so each then has as many rows as
+    it takes; at most its group.
+    """
+    if not batch.shared_noise:
+        return batch.prompts * batch.group
+    divisors = [n for n in range(1, batch.group + 1) if batch.group % n == 0]
+    ways = meshes.batch_ways(mesh)
+    return batch.prompts * next((n for n in divisors if batch.prompts * n % ways == 0), 1)
 
 
 def _make_update(settings: Settings, policy: policies.Policy, attach: Any, optimiser: Any) -> Any:

@@ -24,9 +24,9 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "signs"
 # Column-parallel into a block, row-parallel out of it; everything else is only cut by fsdp. The first axis of a block's
 # parameter is the block's index, over which the scan runs: it stays whole.
 RULES = (
-    (r"blocks/.*(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/.*(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
-    (r"blocks/.*(attention_out|mlp_out|out)/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
+    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, "tensor", "fsdp")),
     (r"(image_in|text_in|linear_1|final_modulation|final_out)/kernel", P("fsdp", "tensor")),
     (r"linear_2/kernel", P("tensor", "fsdp")),
     (r"embedding", P("fsdp", None)),
@@ -221,7 +221,13 @@ def trainable(params: Any, config: LoraConfig, key: Array, keep_base: bool) -> T
     of a fully trained model; with LoRA they are there at no cost.
     """
     if config.rank:
-        adapters, base = lora.init(config, params, key), lora.freeze(params, config.base)
-        return Trainable(adapters, base, lambda new, old: lora.attach(old, new, config.scale))
+        return Trainable(lora.init(config, params, key), lora.freeze(params, config.base), attachment(config))
     copy = jax.tree.map(jnp.copy, params) if keep_base else None  # training takes the buffers of its own over
-    return Trainable(params, copy, lambda new, old: new)
+    return Trainable(params, copy, attachment(config))
+
+
+def attachment(config: LoraConfig) -> Callable[[Any, Any], Any]:
+    """`attach` of a `Trainable`."""
+    if config.rank:
+        return lambda trained, base: lora.attach(base, trained, config.scale)
+    return lambda trained, base: trained
