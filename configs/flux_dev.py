@@ -18,6 +18,7 @@ def get_config():
     config.model.text_length = 512
     config.model.dtype = "bfloat16"
     config.model.remat = "block"
+    config.model.attention = "auto"  # the accelerator's fused kernel
     config.data.name = "features"
     config.data.folder = "data/flux_dev"
     config.batch.prompts, config.batch.group = 32, 12

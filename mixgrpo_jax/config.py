@@ -140,6 +140,11 @@ class Settings:
     samples: int  # an iteration
     passes: int  # forward and backward passes an update
 
+    @property
+    def keep_base(self) -> bool:
+        """Whether the parameters before training are needed: as the KL's reference, or to sample the later steps."""
+        return self.objective.kl_reference > 0 or self.config.evaluation.trained_steps is not None
+
     def arithmetic(self) -> str:
         """The numbers that users get wrong, in words."""
         batch, plan = self.config.batch, self.plan

@@ -47,9 +47,8 @@ def load_policy(
         dtype=jnp.dtype(config.optimizer.dtype) if master and not settings.lora.rank else None,
         place=lambda tree: meshes.shardings(tree, policies.RULES, mesh),
     )
-    keep_base = settings.objective.kl_reference > 0 or config.evaluation.trained_steps is not None
     key = jax.random.key(config.seed)
-    trainable = policies.trainable(params.pop("transformer"), settings.lora, key, keep_base)
+    trainable = policies.trainable(params.pop("transformer"), settings.lora, key, settings.keep_base)
     return parts, policies.make(parts, options), trainable, params | {"base": trainable.base}
 
 

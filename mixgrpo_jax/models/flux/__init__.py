@@ -10,7 +10,7 @@ from mixgrpo_jax.models.flux.model import (
     flux_small,
     init,
 )
-from mixgrpo_jax.models.flux.weights import load_folder, save_folder
+from mixgrpo_jax.models.flux.weights import load_folder, read_config, save_folder
 
 __all__ = [
     "FluxConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "init",
     "load_folder",
     "pack",
+    "read_config",
     "save_folder",
     "unpack",
 ]

@@ -104,6 +104,12 @@ def open_source(path: str | os.PathLike, dtype: Any = None) -> Source:
     return Source(config, fields, weights.lazy_load(TABLE, skeleton(config), tensors, dtype=dtype))
 
 
+def read_config(path: str | os.PathLike) -> FluxConfig:
+    """The sizes of what `open_source` opens, without its tensors. Raises ValueError as it does."""
+    path = Path(path)
+    return release.read_file(path)[0] if path.is_file() else _read_config(path)[0]
+
+
 def _read_config(folder: Path) -> tuple[FluxConfig, dict[str, Any]]:
     raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
     config = FluxConfig(**weights.known_fields(FluxConfig, raw))

@@ -205,16 +205,21 @@ def apply(
     return nnx.merge(_graphdef(config), params)(tokens, end_positions(tokens, config.eos_token_id), dtype)
 
 
+def read_config(folder: str | os.PathLike) -> CLIPTextConfig:
+    """The sizes in a folder's config.json. Raises ValueError for a folder of another model."""
+    raw = weights.read_config(folder, RELEASE)
+    config = CLIPTextConfig(**weights.known_fields(CLIPTextConfig, raw))
+    projected = PROJECTED in (raw.get("architectures") or ())
+    return config if projected else dataclasses.replace(config, projection_dim=None)
+
+
 def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[CLIPTextConfig, Params]:
     """Reads a CLIP text encoder as transformers saves it, with its projection if the architecture has one.
 
     Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
     folder of another model, an unknown activation, or tensors that do not fit the config.
     """
-    raw = weights.read_config(folder, RELEASE)
-    config = CLIPTextConfig(**weights.known_fields(CLIPTextConfig, raw))
-    if PROJECTED not in (raw.get("architectures") or ()):
-        config = dataclasses.replace(config, projection_dim=None)
+    config = read_config(folder)
     tensors = weights.read_safetensors(folder)
     prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
     skeleton = jax.eval_shape(functools.partial(init, config), jax.random.key(0))

@@ -2,7 +2,7 @@
 
 from mixgrpo_jax.models.vae.model import VAEConfig, decode, encode, flux_vae, init, to_latents, vae_tiny
 from mixgrpo_jax.models.vae.tiling import tiled_decode
-from mixgrpo_jax.models.vae.weights import load_folder, save_folder
+from mixgrpo_jax.models.vae.weights import load_folder, read_config, save_folder
 
 __all__ = [
     "VAEConfig",
@@ -11,6 +11,7 @@ __all__ = [
     "flux_vae",
     "init",
     "load_folder",
+    "read_config",
     "save_folder",
     "tiled_decode",
     "to_latents",

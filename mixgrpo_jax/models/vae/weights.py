@@ -47,15 +47,21 @@ def _rule(path: str, leaf: jax.ShapeDtypeStruct) -> Rule:
     return Rule(f"{module.replace('/', '.')}.{'bias' if name == 'bias' else 'weight'}", path, TO_OURS.get(leaf.ndim))
 
 
+def read_config(folder: str | os.PathLike) -> VAEConfig:
+    """The sizes in a folder's config.json. Raises ValueError for another model or an unsupported config."""
+    raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
+    config = VAEConfig(**weights.known_fields(VAEConfig, raw))
+    weights.read_config(folder, _release(config))
+    return config
+
+
 def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[VAEConfig, Params]:
     """Reads an autoencoder as diffusers saves it, today's or an older one with `query`, `key`, `value`, `proj_attn`.
 
     Returns the config and the parameters as host arrays, in `dtype` or else in the files' own. Raises ValueError for a
     folder of another model, an unsupported config, or tensors that do not fit the config.
     """
-    raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
-    config = VAEConfig(**weights.known_fields(VAEConfig, raw))
-    weights.read_config(folder, _release(config))
+    config = read_config(folder)
     tensors = {_current(name): tensor for name, tensor in weights.read_safetensors(folder).items()}
     return config, weights.load(_table(config), _skeleton(config), tensors, dtype=dtype)
 

@@ -1,0 +1,52 @@
+"""An iteration's programs ahead of time: lowered for devices that are not here, with shapes in place of weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixgrpo_jax.config import Settings
+from mixgrpo_jax.flow import plans
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import skeleton
+from mixgrpo_jax.programs import make_programs
+from mixgrpo_jax.runtime import mesh as meshes
+
+
+def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind."""
+    config, text = settings.config, settings.config.data.name != "features"
+
+    def place(tree: Any) -> Any:
+        return meshes.placed(tree, meshes.shardings(tree, policies.RULES, mesh))
+
+    def spread(tree: Any, size: int, axis: int = 0) -> Any:
+        return meshes.placed(tree, jax.tree.map(lambda _: meshes.batch_sharding(mesh, size, axis), tree))
+
+    params = place(skeleton.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.lora.rank else jnp.float32))
+    made = skeleton.trainable(params.pop("transformer"), settings.lora, settings.keep_base)
+    trainable = made._replace(params=place(made.params), base=place(made.base))
+    frozen = params | {"base": trainable.base}
+    programs = make_programs(settings, parts, trainable, mesh)
+    state = place(jax.eval_shape(programs.init, trainable.params))
+    plan, key = plans.make_plan(settings.plan, plans.initial_state(settings.plan)), jax.eval_shape(jax.random.key, 0)
+    tokens, cond = skeleton.inputs(parts, config.batch.prompts, config.model.text_length)
+    score, group = np.zeros(settings.samples, np.float32), np.zeros(settings.samples, np.int32)
+
+    phases = {}
+    with jax.set_mesh(mesh):
+        if text:
+            phases["features"] = programs.features.lower(frozen, tokens)
+            cond = spread(jax.eval_shape(programs.features, frozen, tokens), config.batch.prompts)
+        sampled = jax.eval_shape(programs.rollout, trainable.params, frozen, plan, cond, key)
+        maps = {name: spread(getattr(sampled.rows, name), settings.samples, 1) for name in ("x", "x_next", "log_prob")}
+        phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
+        phases["decode"] = programs.decode.lower(frozen, spread(sampled.x0, settings.samples))
+        rows = sampled.rows._replace(**maps)
+        phases["update"] = programs.update.lower(state, trainable.base, rows, score, group, cond, plan.train)
+    size = meshes.bytes_per_device
+    resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
+    encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
+    resident |= {"base": size(trainable.base), "vae": size(params.get("vae")), "text": size(encoders)}
+    return phases, resident

@@ -1,0 +1,248 @@
+"""Does a config fit a TPU slice, and what does an iteration cost there? Answered by the TPU's compiler, without a TPU.
+
+    pip install libtpu
+    python -m mixgrpo_jax.estimate --config=configs/flux_dev_mixgrpo.py --topology=v5p:4x4x4
+
+Compiles the run's own programs for the slice, with shapes in place of weights; minutes for a large model. Where
+model.folder is not there, the sizes are those of `--architecture`. A config that does not fit is tried on larger slices
+of the kind; `--smallest` looks for the smallest of every kind that does. `--json=FILE` writes the figures down.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from mixgrpo_jax import ahead
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.config import Settings
+from mixgrpo_jax.flow import plans
+from mixgrpo_jax.models import attention, skeleton
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.programs import prefix_rows
+from mixgrpo_jax.runtime import chips, hlo
+from mixgrpo_jax.runtime import mesh as meshes
+
+GIB = 2.0**30
+BOUND = (
+    "the largest of compute, memory and interconnect in each phase, at full utilisation: peak bf16 products, the "
+    "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
+    "phases, no rewards, no host"
+)
+# what of the resident kinds each program takes; the others lie beside it
+ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
+ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base")
+
+
+def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
+    """A mean iteration of the run: evaluations and FLOPs by phase, and the shares of steps that the gates let through.
+
+    A gradient costs two evaluations more (one with adapters, whose base has none), recomputing blocks another one.
+    """
+    config, rows = settings.config, prefix_rows(settings.config.batch, mesh)
+    state, seen = plans.initial_state(settings.plan), []
+    for _ in range(config.iterations):
+        plan = plans.make_plan(settings.plan, state)
+        spent = plans.evaluations(plan, rows, settings.samples // rows, True)
+        seen.append((spent["rollout"], spent["update"], plan.start, plan.suffix_steps))
+        state = plans.advance(settings.plan, state)
+    rollout, update, prefix, suffix = np.mean(seen, axis=0)
+    rest = settings.plan.num_steps - settings.plan.window_length
+    passes = 1 + (1 if settings.lora.rank else 2) + (config.model.remat == "block")
+    passes += settings.objective.kl_reference > 0
+    flops = {"rollout": policy.flops * rollout, "update": policy.flops * update * passes}
+    return {"rollout": rollout, "update": update}, flops, (prefix / rest, suffix / rest) if rest else ()
+
+
+def compile_phase(lowered: Any) -> tuple[Any, float]:
+    """The compiled program and 0, or None and the bytes that it would take where they are more than the chip's."""
+    try:
+        return lowered.compile(), 0.0
+    except jax.errors.JaxRuntimeError as error:
+        asked = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
+            raise
+        return None, float(asked[1]) * 1024.0 ** (1 + "KMGT".index(asked[2]))
+
+
+def memory(phase: str, compiled: Any, resident: dict[str, float]) -> dict[str, float]:
+    """Bytes a device in a phase, by kind. What the program does not take stays beside it."""
+    stats = compiled.memory_analysis()
+    own = sum(resident[kind] for kind in ARGUMENTS[phase])
+    sizes = resident | {
+        "batch": max(stats.argument_size_in_bytes - own, 0.0),
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
+def slice_mesh(settings: Settings, topology: str) -> Any:
+    """The config's mesh over a slice's devices. Raises ValueError where it does not fill them."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU's compiler is not installed: pip install libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return meshes.make_mesh(settings.config.mesh, devices)
+
+
+def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[str, Any]:
+    """Figures of a config on a slice, as `--json` writes them."""
+    chip, mesh = chips.chip(topology), slice_mesh(settings, topology)
+    phases, resident = ahead.lower(settings, parts, mesh)
+    evaluations, expected, shares = work(settings, policies.make(parts, settings.config.model), mesh)
+    result: dict[str, Any] = {"topology": topology, "devices": mesh.size, "mesh": dict(mesh.shape), "fits": True}
+    result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations, "notes": notes(settings, mesh)}
+    result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
+    result["seconds_per_iteration"] = {}
+    for phase, lowered in phases.items():
+        compiled, asked = compile_phase(lowered)
+        sizes = {"total": asked} if compiled is None else memory(phase, compiled, resident)
+        result["bytes_per_device"][phase] = sizes
+        if sizes["total"] > chip.hbm:
+            result["fits"] = False
+            result["notes"].append(remedy(phase, settings, mesh, sum(resident.values()) / chip.hbm))
+        if compiled is None:
+            continue
+        cost = hlo.cost(compiled.as_text(), shares if phase == "rollout" else (), attention.kernel_flops)
+        flops = {"compiled": cost.flops * mesh.size}
+        if phase in expected:
+            flops |= {"expected": expected[phase], "ratio": flops["compiled"] / expected[phase]}
+        result["flops_per_iteration"][phase] = flops
+        result["collectives"][phase] = {k: {"count": n, "bytes": b} for k, (n, b) in cost.collectives.items()}
+        result["seconds_per_iteration"][phase] = {
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.hbm_bandwidth,
+            "interconnect": cost.moved / chip.link_bandwidth,
+        }
+    return result
+
+
+def notes(settings: Settings, mesh: Any) -> list[str]:
+    """What of a config sits badly on a mesh."""
+    batch, ways, found = settings.config.batch, meshes.batch_ways(mesh), []
+    for name, size in (("batch.micro_batch", batch.micro_batch), ("batch.prompts * batch.group", settings.samples)):
+        if size % ways:
+            found.append(
+                f"{name}={size} does not divide over data x fsdp = {ways}: every device computes all of it. Choose a "
+                f"multiple, or a larger mesh.tensor (now {mesh.shape['tensor']})"
+            )
+    if settings.config.model.attention == "xla":
+        found.append("model.attention='xla' makes the scores of all pairs of tokens; 'auto' takes TPU's fused kernel")
+    return found
+
+
+def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
+    """What would help a phase that does not fit, where `resident` is the share of memory that is never free."""
+    config, ways = settings.config, meshes.batch_ways(mesh)
+    steps = ["a larger slice" if config.mesh.fsdp == -1 else "mesh.fsdp=-1 with mesh.data=1 on a larger slice"]
+    if resident > 0.5 and not settings.lora.rank:
+        steps.append("adapters (model.lora.rank=64)")
+    if phase == "update" and config.model.remat != "block":
+        steps.append("model.remat='block'")
+    if phase == "update" and config.batch.micro_batch > ways:
+        steps.append(f"a smaller batch.micro_batch (now {config.batch.micro_batch}; {ways} is a sample a device)")
+    if phase in ("rollout", "decode") and settings.samples > ways:
+        steps.append(f"fewer batch.prompts (now {settings.samples // ways} samples a device)")
+    return f"{phase} does not fit; what helps: " + "; ".join(steps)
+
+
+def smallest(settings: Settings, parts: policies.Parts, kind: str, beyond: int = 0) -> str | None:
+    """The first slice of a kind that the config fits, of those with more than `beyond` chips, from small to large."""
+    for shape in chips.CHIPS[kind].slices:
+        topology = f"{kind}:{shape}"
+        with contextlib.suppress(ValueError):  # the config's mesh does not fill every slice
+            mesh = slice_mesh(settings, topology)
+            if chips.size(topology) > beyond and _fits(settings, parts, mesh, chips.CHIPS[kind].hbm):
+                return topology
+    return None
+
+
+def _fits(settings: Settings, parts: policies.Parts, mesh: Any, hbm: float) -> bool:
+    phases, resident = ahead.lower(settings, parts, mesh)
+    if sum(resident.values()) > hbm:
+        return False
+    for phase in reversed(phases):  # the update takes the most
+        compiled, _ = compile_phase(phases[phase])
+        if compiled is None or memory(phase, compiled, resident)["total"] > hbm:
+            return False
+    return True
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+    hbm = result["hbm_bytes"] / GIB
+    lines = [f"{result['topology']}: {result['devices']} devices ({axes}), {hbm:.2f} GiB each", ""]
+    sizes, seconds = result["bytes_per_device"], result["seconds_per_iteration"]
+
+    def block(title: str, columns: dict[str, dict[str, float]], scale: float, digits: int) -> None:
+        lines.append(f"{title:<24}" + "".join(f"{phase:>12}" for phase in columns))
+        for row in dict.fromkeys(row for column in columns.values() for row in column):
+            cells = (f"{c[row] / scale:.{digits}f}" if c.get(row) is not None else "-" for c in columns.values())
+            lines.append(f"  {row:<22}" + "".join(f"{cell:>12}" for cell in cells))
+        lines.append("")
+
+    block("GiB a device", sizes, GIB, 3)
+    block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()}, 1, 1)
+    flops = result["flops_per_iteration"]
+    block("PFLOP an iteration", {k: {n: v[n] for n in v if n != "ratio"} for k, v in flops.items()}, 1e15, 4)
+    block("", {k: {"compiled / expected": v.get("ratio")} for k, v in flops.items()}, 1, 3)
+    for field, scale in (("count", 1), ("bytes", GIB)):
+        columns = {p: {k: v[field] for k, v in kinds.items()} for p, kinds in result["collectives"].items() if kinds}
+        block(f"collectives, {'GiB' if scale == GIB else 'number'}", columns, scale, 3 if scale == GIB else 0)
+    block("seconds at best", seconds, 1, 4)
+    if result["fits"]:
+        lines.append(
+            f"fits; an iteration takes at least {sum(max(s.values()) for s in seconds.values()):.3f} s: {BOUND}"
+        )
+    else:
+        lines.append("does not fit")
+    return "\n".join(lines + [f"- {note}" for note in result["notes"]])
+
+
+def find_parts(settings: Settings, architecture: str) -> policies.Parts:
+    """The parts of a config's model: from its folder's configs, or where there is none a released model's."""
+    options = settings.config.model
+    if not options.folder or pathlib.Path(options.folder).is_dir():
+        return skeleton.read_parts(options.folder, options.transformer)
+    print(f"model.folder={options.folder!r} is not here: sizes are those of {architecture}")
+    return skeleton.known_parts(architecture)
+
+
+def main(_):  # noqa: D103
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or the TPU's library asks the cloud which TPU this is
+    jax.config.update("jax_platforms", "cpu")
+    settings = configs.resolve(_CONFIG.value)
+    if settings.config.model.attention == "auto":
+        settings.config.model.attention = "splash"  # what it is on a TPU
+    parts = find_parts(settings, _ARCHITECTURE.value)
+    print(settings.arithmetic())
+    result = estimate(settings, parts, _TOPOLOGY.value)
+    print(table(result))
+    if _SMALLEST.value:
+        result["smallest"] = {kind: smallest(settings, parts, kind) for kind in chips.CHIPS}
+    elif not result["fits"]:
+        kind = _TOPOLOGY.value.partition(":")[0]
+        result["smallest"] = {kind: smallest(settings, parts, kind, beyond=chips.size(_TOPOLOGY.value))}
+    if "smallest" in result:
+        print("smallest slices that fit:", ", ".join(f"{v or f'no {k}'}" for k, v in result["smallest"].items()))
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x4.", required=True)
+    _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(skeleton.ARCHITECTURES), "Without a folder.")
+    _SMALLEST = flags.DEFINE_bool("smallest", False, "Look for the smallest slice of every kind that fits.")
+    _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+    app.run(main)

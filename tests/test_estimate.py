@@ -1,0 +1,50 @@
+"""The estimate through the command, by the TPU's own compiler."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU's compiler is in libtpu")
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARDED = ("--config.mesh.fsdp=-1", "--config.mesh.data=1")
+FOUR = ("--config.mesh.fsdp=4", "--config.mesh.data=1")  # larger slices, it does not fill
+
+
+def estimate(tmp_path, topology, *options, config="signs.py"):
+    file = tmp_path / "estimate.json"
+    command = [sys.executable, "-m", "mixgrpo_jax.estimate", f"--config=configs/{config}", f"--topology={topology}"]
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [*command, f"--json={file}", *options], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(file.read_text()), done.stdout
+
+
+@pytest.mark.parametrize(("topology", "devices", "micro_batch"), [("v5e:2x2", 4, 32), ("v5e:4x4", 16, 16)])
+def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, devices, micro_batch):
+    batch = (f"--config.batch.micro_batch={micro_batch}", "--config.batch.updates=3", "--config.batch.prompts=16")
+    result, text = estimate(tmp_path, topology, *SHARDED, *batch)
+    assert result["fits"] and "fits" in text and result["devices"] == devices
+    assert set(result["bytes_per_device"]) == {"features", "rollout", "decode", "update"}
+    assert all(0 < sizes["total"] < result["hbm_bytes"] for sizes in result["bytes_per_device"].values())
+    assert result["evaluations_per_iteration"]["update"] == 16 * 12 * 3
+    for phase in ("rollout", "update"):
+        assert result["flops_per_iteration"][phase]["ratio"] == pytest.approx(1, abs=0.05), phase
+        assert result["collectives"][phase]["all-gather"]["bytes"] > 0
+        assert min(result["seconds_per_iteration"][phase].values()) > 0
+
+
+def test_what_does_not_fit_says_what_would_help(tmp_path):
+    sizes = ("--config.batch.prompts=4096", "--config.batch.updates=1", "--config.batch.micro_batch=49152")
+    result, text = estimate(tmp_path, "v5e:2x2", *FOUR, *sizes)
+    assert not result["fits"] and "does not fit" in text
+    assert result["bytes_per_device"]["update"]["total"] > result["hbm_bytes"]
+    assert "a smaller batch.micro_batch" in text and "model.remat='block'" in text
+    assert result["smallest"] == {"v5e": None}
