@@ -1,5 +1,6 @@
 """An iteration's programs ahead of time: lowered for devices that are not here, with shapes in place of weights."""
 
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,10 @@ from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models import skeleton
 from mixgrpo_jax.programs import make_programs
 from mixgrpo_jax.runtime import mesh as meshes
+
+# what of the resident kinds each program takes; the others lie beside it
+ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
+ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
 
 def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[str, Any], dict[str, float]]:
@@ -48,5 +53,29 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
-    resident |= {"base": size(trainable.base), "vae": size(params.get("vae")), "text": size(encoders)}
+    resident["base" if settings.lora.rank else "reference"] = size(trainable.base)
+    resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
     return phases, resident
+
+
+def compile_phase(lowered: Any) -> tuple[Any, float]:
+    """The compiled program and 0, or None and the bytes that it would take where they are more than the chip's."""
+    try:
+        return lowered.compile(), 0.0
+    except jax.errors.JaxRuntimeError as error:
+        asked = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
+            raise
+        return None, float(asked[1]) * 1024.0 ** (1 + "KMGT".index(asked[2]))
+
+
+def memory(phase: str, compiled: Any, resident: dict[str, float]) -> dict[str, float]:
+    """Bytes a device in a phase, by kind. What the program does not take stays beside it."""
+    stats = compiled.memory_analysis()
+    own = sum(resident.get(kind, 0.0) for kind in ARGUMENTS[phase])
+    sizes = resident | {
+        "batch": max(stats.argument_size_in_bytes - own, 0.0),
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+    }
+    return sizes | {"total": sum(sizes.values())}

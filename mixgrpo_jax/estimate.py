@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -38,9 +37,6 @@ BOUND = (
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
     "phases, no rewards, no host"
 )
-# what of the resident kinds each program takes; the others lie beside it
-ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
-ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base")
 
 
 def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
@@ -55,35 +51,12 @@ def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[s
         spent = plans.evaluations(plan, rows, settings.samples // rows, True)
         seen.append((spent["rollout"], spent["update"], plan.start, plan.suffix_steps))
         state = plans.advance(settings.plan, state)
-    rollout, update, prefix, suffix = np.mean(seen, axis=0)
+    rollout, update, prefix, suffix = np.mean(seen, axis=0).tolist()
     rest = settings.plan.num_steps - settings.plan.window_length
     passes = 1 + (1 if settings.lora.rank else 2) + (config.model.remat == "block")
     passes += settings.objective.kl_reference > 0
     flops = {"rollout": policy.flops * rollout, "update": policy.flops * update * passes}
     return {"rollout": rollout, "update": update}, flops, (prefix / rest, suffix / rest) if rest else ()
-
-
-def compile_phase(lowered: Any) -> tuple[Any, float]:
-    """The compiled program and 0, or None and the bytes that it would take where they are more than the chip's."""
-    try:
-        return lowered.compile(), 0.0
-    except jax.errors.JaxRuntimeError as error:
-        asked = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
-            raise
-        return None, float(asked[1]) * 1024.0 ** (1 + "KMGT".index(asked[2]))
-
-
-def memory(phase: str, compiled: Any, resident: dict[str, float]) -> dict[str, float]:
-    """Bytes a device in a phase, by kind. What the program does not take stays beside it."""
-    stats = compiled.memory_analysis()
-    own = sum(resident[kind] for kind in ARGUMENTS[phase])
-    sizes = resident | {
-        "batch": max(stats.argument_size_in_bytes - own, 0.0),
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-    }
-    return sizes | {"total": sum(sizes.values())}
 
 
 def slice_mesh(settings: Settings, topology: str) -> Any:
@@ -104,8 +77,8 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
     result["seconds_per_iteration"] = {}
     for phase, lowered in phases.items():
-        compiled, asked = compile_phase(lowered)
-        sizes = {"total": asked} if compiled is None else memory(phase, compiled, resident)
+        compiled, asked = ahead.compile_phase(lowered)
+        sizes = {"total": asked} if compiled is None else ahead.memory(phase, compiled, resident)
         result["bytes_per_device"][phase] = sizes
         if sizes["total"] > chip.hbm:
             result["fits"] = False
@@ -171,8 +144,8 @@ def _fits(settings: Settings, parts: policies.Parts, mesh: Any, hbm: float) -> b
     if sum(resident.values()) > hbm:
         return False
     for phase in reversed(phases):  # the update takes the most
-        compiled, _ = compile_phase(phases[phase])
-        if compiled is None or memory(phase, compiled, resident)["total"] > hbm:
+        compiled, _ = ahead.compile_phase(phases[phase])
+        if compiled is None or ahead.memory(phase, compiled, resident)["total"] > hbm:
             return False
     return True
 
@@ -184,22 +157,22 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['topology']}: {result['devices']} devices ({axes}), {hbm:.2f} GiB each", ""]
     sizes, seconds = result["bytes_per_device"], result["seconds_per_iteration"]
 
-    def block(title: str, columns: dict[str, dict[str, float]], scale: float, digits: int) -> None:
+    def block(title: str, columns: dict[str, dict[str, float]], scale: float = 1.0) -> None:
         lines.append(f"{title:<24}" + "".join(f"{phase:>12}" for phase in columns))
         for row in dict.fromkeys(row for column in columns.values() for row in column):
-            cells = (f"{c[row] / scale:.{digits}f}" if c.get(row) is not None else "-" for c in columns.values())
+            cells = (f"{c[row] / scale:.5g}" if c.get(row) is not None else "-" for c in columns.values())
             lines.append(f"  {row:<22}" + "".join(f"{cell:>12}" for cell in cells))
         lines.append("")
 
-    block("GiB a device", sizes, GIB, 3)
-    block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()}, 1, 1)
+    block("GiB a device", sizes, GIB)
+    block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()})
     flops = result["flops_per_iteration"]
-    block("PFLOP an iteration", {k: {n: v[n] for n in v if n != "ratio"} for k, v in flops.items()}, 1e15, 4)
-    block("", {k: {"compiled / expected": v.get("ratio")} for k, v in flops.items()}, 1, 3)
-    for field, scale in (("count", 1), ("bytes", GIB)):
-        columns = {p: {k: v[field] for k, v in kinds.items()} for p, kinds in result["collectives"].items() if kinds}
-        block(f"collectives, {'GiB' if scale == GIB else 'number'}", columns, scale, 3 if scale == GIB else 0)
-    block("seconds at best", seconds, 1, 4)
+    block("PFLOP an iteration", {k: {n: v[n] for n in v if n != "ratio"} for k, v in flops.items()}, 1e15)
+    block("", {k: {"compiled / expected": v.get("ratio")} for k, v in flops.items()})
+    moved = result["collectives"]
+    block("collectives", {p: {k: v["count"] for k, v in moved[p].items()} for p in moved})
+    block("GiB received a device", {p: {k: v["bytes"] for k, v in moved[p].items()} for p in moved}, GIB)
+    block("seconds at best", seconds)
     if result["fits"]:
         lines.append(
             f"fits; an iteration takes at least {sum(max(s.values()) for s in seconds.values()):.3f} s: {BOUND}"

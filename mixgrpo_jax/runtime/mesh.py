@@ -1,5 +1,6 @@
 """The device mesh, and where each array lies on it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,4 +82,5 @@ def placed(tree: Any, places: Any) -> Any:
 
 def bytes_per_device(tree: Any) -> float:
     """Bytes that a tree of sharded arrays, or of their shapes, takes on each device."""
-    return sum(np.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    sizes = (math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return float(sum(sizes))
