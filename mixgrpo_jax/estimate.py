@@ -1,6 +1,6 @@
 """Does a config fit a TPU slice, and what does an iteration cost there? Answered by the TPU's compiler, without a TPU.
 
-    pip install libtpu
+    pip install "mixgrpo_jax[tpu]"
     python -m mixgrpo_jax.estimate --config=configs/flux_dev_mixgrpo.py --topology=v5p:4x4x4
 
 Compiles the run's own programs for the slice, with shapes in place of weights; minutes for a large model. Where
@@ -49,7 +49,7 @@ def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[s
     for _ in range(config.iterations):
         plan = plans.make_plan(settings.plan, state)
         spent = plans.evaluations(plan, rows, settings.samples // rows, True)
-        seen.append((spent["rollout"], spent["update"], plan.start, plan.suffix_steps))
+        seen.append((spent["rollout"], spent["update"], int(plan.start), int(plan.suffix_steps)))
         state = plans.advance(settings.plan, state)
     rollout, update, prefix, suffix = np.mean(seen, axis=0).tolist()
     rest = settings.plan.num_steps - settings.plan.window_length
@@ -62,7 +62,7 @@ def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[s
 def slice_mesh(settings: Settings, topology: str) -> Any:
     """The config's mesh over a slice's devices. Raises ValueError where it does not fill them."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the TPU's compiler is not installed: pip install libtpu")
+        raise ValueError("the TPU's compiler is not installed: pip install 'mixgrpo_jax[tpu]'")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return meshes.make_mesh(settings.config.mesh, devices)
 

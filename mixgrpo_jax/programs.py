@@ -35,6 +35,11 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
     config = settings.config
     policy = policies.make(parts, config.model)
+    for what, tokens in (("model.image_size", policy.latent_shape[0]), ("model.text_length", config.model.text_length)):
+        if tokens % mesh.shape["context"]:
+            raise ValueError(
+                f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of {what}: choose a divisor"
+            )
     whole: Any = meshes.replicated(mesh)
     by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
     by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
@@ -62,6 +67,8 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: A
     policy = policies.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch = settings.config.batch
     repeats = prefix_rows(batch, mesh) // batch.prompts
+    dtype, parts_of_each = jnp.dtype(settings.config.model.dtype), settings.config.mesh.rollout_fsdp
+    light = None if parts_of_each is None else meshes.with_fsdp(mesh, parts_of_each)
 
     def run(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
@@ -71,7 +78,7 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: A
         noise: Array = initial_noise(settings.sampler, noise_key, ids, policy.latent_shape)
         return rollout(
             policy.velocity,
-            attach(trained, frozen["base"]),
+            attach(*(_lighten(params, dtype, light) for params in (trained, frozen["base"]))),
             plan,
             noise,
             cond,
@@ -82,6 +89,22 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: A
         )
 
     return run
+
+
+def _lighten(params: Any, dtype: Any, mesh: Any) -> Any:
+    """Parameters as a rollout reads them, made once an iteration: kernels and biases, which every step would cast to
+    the products' dtype, are cast, and where a mesh is given, every leaf is gathered to its layout there."""
+
+    def cast(path, leaf):
+        read = meshes.path_name(path).endswith(("kernel", "bias")) and leaf.dtype == jnp.float32
+        return leaf.astype(dtype) if read else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    return (
+        params
+        if mesh is None
+        else jax.lax.with_sharding_constraint(params, meshes.shardings(params, policies.RULES, mesh))
+    )
 
 
 def prefix_rows(batch: Any, mesh: Any) -> int:

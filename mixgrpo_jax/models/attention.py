@@ -1,6 +1,7 @@
 """Attention without a mask, through one function with a fused kernel for each kind of accelerator."""
 
-from typing import Literal, get_args
+import functools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
-from mixgrpo_jax.models.placement import BATCH_AXES, dividing
+from mixgrpo_jax.models.placement import BATCH_AXES, HEAD_AXES, TOKEN_AXES, dividing
 from mixgrpo_jax.models.remat import ATTENTION
 
 Kernel = Literal["xla", "cudnn", "splash"]
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION_BACKENDS = get_args(Backend)
-
-HEAD_AXES = ("tensor",)
 
 LANES = 128
 MAX_BLOCK = 512  # of the rows of a tile; up to 1024 compile for a TPU v5e, but take longer to
@@ -35,7 +34,8 @@ def attention(
 
     The back ends are "xla" (any device; makes the S x S scores), "cudnn" (NVIDIA GPUs, bf16 or fp16) and "splash"
     (TPUs); "auto" is the fused one of the default device where it takes the inputs. On several devices "splash" needs
-    `jax.set_mesh(mesh)`: it puts samples on the axes data and fsdp, and heads on tensor, where these divide them.
+    `jax.set_mesh(mesh)`: it puts samples on the axes data and fsdp, heads on tensor, and rows of q on context, where
+    these divide them. The others do so when the axis context is longer than one.
 
     Args:
       q, k, v: [B, S, H, d].
@@ -50,8 +50,22 @@ def attention(
       ValueError: another back end, a bias for a fused kernel, or fp32 for "cudnn".
     """
     kernel = _choose(backend, q.dtype, bias is not None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mesh = jax.sharding.get_abstract_mesh()
+    cut = mesh.shape.get("context", 1) > 1 and bias is None
+    on_device = functools.partial(_on_device, kernel=kernel, bias=bias, scale=scale)
+    if mesh.empty or (kernel != "splash" and not cut):
+        return on_device(q, k, v)
+    batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[2])
+    tokens = dividing(mesh, TOKEN_AXES, q.shape[1])  # each row attends to all: keys and values are gathered
+    rows, whole, output = P(batch, tokens, heads), P(batch, None, heads), P(batch, tokens, heads)
+    # A Pallas call does not say over which axes its result varies, so that check is off.
+    return jax.shard_map(on_device, in_specs=(rows, whole, whole), out_specs=output, check_vma=False)(q, k, v)
+
+
+def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias: Any, scale: float) -> jax.Array:
     if kernel == "splash":
-        return _splash(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _splash(q, k, v, scale)
     y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation=kernel)
     y = y.reshape(*y.shape[:2], -1)
     # The fused kernels' residuals are kept where they are made; a second name would keep the output twice.
@@ -73,38 +87,31 @@ def _choose(backend: Backend, dtype: jnp.dtype, biased: bool) -> Kernel:
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """softmax(scale q k^T) v by the TPU kernel: q [B, Q, H, d], k and v [B, S, H, d] -> [B, Q, H d]."""
     # In fp32, because a scale rounded to bf16 shifts the temperature of every row alike.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _splash_on_device(q, k, v)
-    batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[2])
-    inputs, output = P(batch, None, heads, None), P(batch, None, heads)
-    # A Pallas call does not say over which axes its result varies, so that check is off.
-    return jax.shard_map(_splash_on_device, in_specs=(inputs,) * 3, out_specs=output, check_vma=False)(q, k, v)
-
-
-def _splash_on_device(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T) v by the TPU kernel: [B, S, H, d] -> [B, S, H d]."""
-    b, s, h, d = q.shape
-    block = block_size(s)
-    padding = -s % block
-    mask = splash_attention_mask.FullMask((s + padding, s + padding))
+    (b, rows, h, d), s = q.shape, k.shape[1]
+    block_q, block_kv = block_size(rows), block_size(s)
+    pad_q, pad_kv = -rows % block_q, -s % block_kv
+    mask = splash_attention_mask.FullMask((rows + pad_q, s + pad_kv))
     kernel = splash.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * (b * h)),
         # One backward kernel for dq, dk and dv computes the scores once, and stores a partial dq for each column.
-        block_sizes=splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True),
+        block_sizes=splash.BlockSizes(
+            block_q, block_kv, block_kv, block_q, block_kv, block_kv, use_fused_bwd_kernel=True
+        ),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION,
     )
     q, k, v = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b * h, -1, d) for x in (q, k, v)
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b * h, -1, d)
+        for x, padding in ((q, pad_q), (k, pad_kv), (v, pad_kv))
     )
-    # Rows attend where the ids are equal: tokens to tokens, and padding to itself, lest its softmax divide by zero.
-    real = (jnp.arange(s + padding) < s).astype(jnp.int32)
-    y = kernel(q, k, v, splash.SegmentIds(real, real) if padding else None)
-    return y.reshape(b, h, -1, d)[:, :, :s].swapaxes(1, 2).reshape(b, s, h * d)
+    # Rows attend to columns of their own id: all rows, padding included, to the real columns.
+    ids = splash.SegmentIds(jnp.ones(rows + pad_q, jnp.int32), (jnp.arange(s + pad_kv) < s).astype(jnp.int32))
+    y = kernel(q, k, v, ids if pad_kv else None)
+    return y.reshape(b, h, -1, d)[:, :, :rows].swapaxes(1, 2).reshape(b, rows, h * d)
 
 
 def block_size(length: int) -> int:

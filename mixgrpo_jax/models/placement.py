@@ -8,22 +8,24 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
+TOKEN_AXES = ("context",)
+HEAD_AXES = ("tensor",)
 
 
 def spread(tree: Any) -> Any:
-    """Arrays [B, ...] with their samples over the axes data and fsdp of `jax.set_mesh`'s mesh, where these divide B.
+    """Arrays [B, S, ...] laid out on `jax.set_mesh`'s mesh: samples over its axes data and fsdp, tokens over context.
 
-    Left alone, a compiler that sees parameters cut along the inner axis of a product may keep them where they are, let
-    every device compute all samples, and add the parts up.
+    Axes that do not divide their dimension are left out. Left alone, a compiler that sees parameters cut along the
+    inner axis of a product may keep them where they are, let every device compute all samples, and add the parts up.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
     def place(x: jax.Array) -> jax.Array:
-        axes = dividing(mesh, BATCH_AXES, x.shape[0])
-        rest = [P.UNCONSTRAINED] * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, P(axes, *rest)) if axes else x
+        spec = [dividing(mesh, axes, size) or P.UNCONSTRAINED for axes, size in zip((BATCH_AXES, TOKEN_AXES), x.shape)]
+        rest = [P.UNCONSTRAINED] * (x.ndim - len(spec))
+        return jax.lax.with_sharding_constraint(x, P(*spec, *rest))
 
-    return jax.tree.map(place, tree)
+    return tree if mesh.empty else jax.tree.map(place, tree)
 
 
 def dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:

@@ -21,17 +21,18 @@ from mixgrpo_jax.models.vae import VAEConfig
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "signs"
 
-# Column-parallel into a block, row-parallel out of it; everything else is only cut by fsdp. The first axis of a block's
-# parameter is the block's index, over which the scan runs: it stays whole.
+# Column-parallel into a block, row-parallel out of it; everything else is only cut by fsdp and context. The first axis
+# of a block's parameter is the block's index, over which the scan runs: it stays whole.
+CUT = ("fsdp", "context")
 RULES = (
-    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, CUT, "tensor")),
     (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
-    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, "tensor", "fsdp")),
-    (r"(image_in|text_in|linear_1|final_modulation|final_out)/kernel", P("fsdp", "tensor")),
-    (r"linear_2/kernel", P("tensor", "fsdp")),
-    (r"embedding", P("fsdp", None)),
-    (r"blocks/.*/a$", P(None, "fsdp", None)),  # adapters
-    (r"blocks/.*/b$", P(None, None, "fsdp")),
+    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, "tensor", CUT)),
+    (r"(image_in|text_in|linear_1|final_modulation|final_out)/kernel", P(CUT, "tensor")),
+    (r"linear_2/kernel", P("tensor", CUT)),
+    (r"embedding", P(CUT, None)),
+    (r"blocks/.*/a$", P(None, CUT, None)),  # adapters
+    (r"blocks/.*/b$", P(None, None, CUT)),
 )
 
 

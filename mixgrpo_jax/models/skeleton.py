@@ -55,7 +55,8 @@ def trainable(transformer: Any, config: lora.LoraConfig, keep_base: bool) -> Tra
         made = policy.trainable(params, config, jax.random.key(0), keep_base)
         return made.params, made.base
 
-    return Trainable(*jax.eval_shape(split, transformer), policy.attachment(config))
+    params, base = jax.eval_shape(split, transformer)
+    return Trainable(params, base, policy.attachment(config))
 
 
 def inputs(parts: Parts, prompts: int, length: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 # an ordered list of (regex over a parameter's path, spec); the first that matches decides
@@ -18,17 +18,32 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor. One size may be -1: it takes the devices that the others leave."""
+    """A mesh with axes data, fsdp, context, tensor, of size 1 where `sizes` does not say.
+
+    One size may be -1: it takes the devices that the others leave. Raises ValueError for sizes that do not fill them.
+    """
     devices = list(devices or jax.devices())
-    shape = [sizes[axis] for axis in AXES]
+    shape = [sizes.get(axis, 1) for axis in AXES]
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // max(1, -int(np.prod(shape)))
     if min(shape) < 1 or np.prod(shape) != len(devices):
-        asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        asked = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {asked} does not fill {len(devices)} devices; set one axis to -1 to fill")
     # A slice's own axes may have to be split: tensor=2 of v5p's 4x4x4, say.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def with_fsdp(mesh: Mesh, fsdp: int) -> Mesh:
+    """The same devices with a shorter axis fsdp, whose parts are each on neighbours: a gather, and no exchange.
+
+    What is left of the axis is called copies, and cuts nothing. Raises ValueError where `fsdp` does not divide it.
+    """
+    data, old, *rest = mesh.devices.shape
+    if old % fsdp:
+        raise ValueError(f"mesh.rollout_fsdp={fsdp} does not divide mesh.fsdp={old}: choose a divisor")
+    axes = (*AXES[:2], "copies", *AXES[2:])
+    return Mesh(mesh.devices.reshape(data, fsdp, old // fsdp, *rest), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def path_name(path: tuple) -> str:

@@ -227,6 +227,28 @@ np.testing.assert_allclose(y, attention(q, k, v), rtol=1e-5, atol=1e-6)
 assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3), y.sharding
 """
 
+IN_CONTEXT = """
+import functools
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mixgrpo_jax.models.attention import attention, splash
+splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
+mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
+q, k, v, w = np.random.default_rng(0).normal(size=(4, 4, 6, 2, 16)).astype(np.float32)
+
+def loss(q, k, v, backend):
+    y = attention(q, k, v, backend=backend)
+    return (y * w.reshape(y.shape)).sum(), y
+
+program = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+expected = program(q, k, v, "xla")
+for backend in ("xla", "splash"):
+    with jax.set_mesh(mesh):
+        found = program(q, k, v, backend)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    assert found[1].sharding.is_equivalent_to(NamedSharding(mesh, P("data", "context", "tensor")), 3), backend
+"""
+
 
 def run(program, **environment):
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True)
@@ -234,8 +256,9 @@ def run(program, **environment):
     return done.stdout
 
 
-def test_splash_on_a_mesh_splits_samples_and_heads_where_they_divide():
-    run(ON_A_MESH, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+@pytest.mark.parametrize("program", [ON_A_MESH, IN_CONTEXT], ids=["samples and heads", "tokens"])
+def test_a_mesh_splits_samples_heads_and_tokens_where_they_divide(program):
+    run(program, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
 
 FOR_TPU = """

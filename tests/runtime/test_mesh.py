@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -11,7 +14,7 @@ class FakeMesh:
     """Sizes are all that the rules look at."""
 
     def __init__(self):
-        self.shape = {"data": 1, "fsdp": 4, "tensor": 2}
+        self.shape = {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
 
 
 def specs(tree, monkeypatch):
@@ -27,9 +30,9 @@ def test_every_large_parameter_of_flux_is_cut_by_fsdp(monkeypatch):
     placed = specs(tree, monkeypatch)
     for name, shape in shapes.items():
         if name.endswith("kernel") and min(shape[-2:]) >= 256:
-            assert "fsdp" in placed[name] and "tensor" in placed[name], name
-    assert placed["double_blocks/image/attention/q/kernel"] == P(None, "fsdp", "tensor")
-    assert placed["single_blocks/out/kernel"] == P(None, "tensor", "fsdp")
+            assert policy.CUT in placed[name] and "tensor" in placed[name], name
+    assert placed["double_blocks/image/attention/q/kernel"] == P(None, policy.CUT, "tensor")
+    assert placed["single_blocks/out/kernel"] == P(None, "tensor", policy.CUT)
     assert placed["single_blocks/attention/q_norm/scale"] == P()
 
 
@@ -40,5 +43,15 @@ def test_a_dimension_that_does_not_divide_stays_whole(monkeypatch):
 
 def test_sizes_must_fill_the_devices():
     assert dict(meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).shape)["fsdp"] == 1
-    with pytest.raises(ValueError, match=r"mesh data=1, fsdp=3, tensor=1 does not fill .* set one axis to -1"):
+    with pytest.raises(
+        ValueError, match=r"mesh data=1, fsdp=3, context=1, tensor=1 does not fill .* set one axis to -1"
+    ):
         meshes.make_mesh({"data": 1, "fsdp": 3, "tensor": 1})
+
+
+def test_a_shorter_fsdp_keeps_the_devices_in_their_order():
+    mesh = SimpleNamespace(devices=np.arange(16).reshape(2, 4, 1, 2))
+    with pytest.raises(ValueError, match=r"mesh.rollout_fsdp=3 does not divide mesh.fsdp=4: choose a divisor"):
+        meshes.with_fsdp(mesh, 3)
+    one = meshes.make_mesh({})
+    assert dict(meshes.with_fsdp(one, 1).shape) == dict(one.shape) | {"copies": 1}
