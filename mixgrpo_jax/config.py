@@ -69,6 +69,7 @@ def base() -> ml_collections.ConfigDict:
             sampler=_fields(Sampler),
             rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
             watched=("strict",),  # scored and logged, not trained on
+            reward_options=dict(),  # {name: its options}; with `kind`, a name of one's own for a reward of that kind
             advantage=_fields(AdvantageConfig),
             objective=_fields(GRPOConfig),
             optimizer=dict(
@@ -184,7 +185,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     for field, known in choices.items():
         _choice(field, _get(config, field), known)
     for name in [*config.rewards, *config.watched]:
-        _choice("watched" if name in config.watched else f"rewards.{name}", name, REWARDS)
+        kind = config.reward_options.get(name, {}).get("kind", name)
+        _choice("watched" if name in config.watched else f"rewards.{name}", kind, REWARDS)
     if min(config.rewards.values(), default=0) < 0 or sum(config.rewards.values()) <= 0:
         raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
     if not 0 <= config.optimizer.final_rate <= 1:

@@ -25,7 +25,7 @@ from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts, Policy, Trainable
-from mixgrpo_jax.rewards import REWARDS, score_all
+from mixgrpo_jax.rewards import build, score_all
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -109,7 +109,7 @@ class HeldOut:
         self.prompts = [element["prompt"] for element in self.elements]
         self.metadata = [element["metadata"] for element in self.elements]
         self.groups = [self.task.groups(metadata) for metadata in self.metadata]
-        self.rewards = [REWARDS[name]() for name in dict.fromkeys([*config.rewards, *config.watched])]
+        self.rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
         self.key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every iteration's
         self._draw = make_draw(policy, self.options, attach)
         self._features = jax.jit(policy.features)

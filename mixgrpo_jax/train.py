@@ -24,7 +24,7 @@ from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.evaluate import Assessment, HeldOut, load_policy, table
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.programs import make_programs
-from mixgrpo_jax.rewards import REWARDS, score_all
+from mixgrpo_jax.rewards import build, score_all
 from mixgrpo_jax.rl.advantages import advantages
 from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
@@ -49,7 +49,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
     config = settings.config
     task = TASKS[config.data.name]
     prompts = task.batches(task.load("train", config.data.folder), config.seed, config.batch.prompts)
-    rewards = [REWARDS[name]() for name in dict.fromkeys([*config.rewards, *config.watched])]
+    rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
     group_id = np.repeat(np.arange(config.batch.prompts), config.batch.group)
 
     # The policy, what is trained of it, and the programs of an iteration.

@@ -1,8 +1,9 @@
 """What is good: rewards by name, and the one contract that they all keep."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -43,7 +44,32 @@ def _strict() -> Reward:
     return Reward("strict", "host", strict_score)
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {"ocr": _ocr, "colour": _colour, "strict": _strict}
+REWARDS: dict[str, Callable[..., Reward]] = {"ocr": _ocr, "colour": _colour, "strict": _strict}
+
+
+def build(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
+    """The rewards of these names, each with its options as keywords.
+
+    A reward is that of REWARDS by its name, or by its option `kind`, which is then told its name: several of one kind
+    may stand side by side. Raises ValueError for an unknown kind, an option it does not take, or one that it lacks.
+    """
+    return [_build(name, dict(options.get(name, {}))) for name in names]
+
+
+def _build(name: str, options: dict[str, Any]) -> Reward:
+    kind = options.pop("kind", name)
+    if kind not in REWARDS:
+        raise ValueError(
+            f"reward {name!r} is unknown: choose from {', '.join(sorted(REWARDS))}, or set its kind to one"
+        )
+    named = {"name": name} if kind != name else {}
+    try:
+        inspect.signature(REWARDS[kind]).bind(**named, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"reward_options.{name}={options}: {error}; {kind} takes {inspect.signature(REWARDS[kind])}"
+        ) from None
+    return REWARDS[kind](**named, **options)
 
 
 def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:

@@ -1,0 +1,39 @@
+import pytest
+
+from mixgrpo_jax import config as configs
+from mixgrpo_jax import rewards
+from mixgrpo_jax.rewards import REWARDS, Reward, build
+
+
+def bright(name="bright", *, limit):
+    return Reward(name, "host", lambda images, prompts, metadata: images.mean((1, 2, 3)) > limit)
+
+
+def test_rewards_are_built_with_their_options(monkeypatch):
+    monkeypatch.setitem(REWARDS, "bright", bright)
+    options = {"bright": {"limit": 3}, "mine": {"kind": "bright", "limit": 4}, "unused": {}}
+    assert [reward.name for reward in build(["mine", "bright", "colour"], options)] == ["mine", "bright", "colour"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mine": {"kind": "bright"}}, r"reward_options.mine=.*missing a required argument: 'limit'; bright takes"),
+        ({"colour": {"size": 3}}, r"reward_options.colour=.*unexpected keyword argument 'size'"),
+        ({"nice": {}}, "reward 'nice' is unknown: choose from bright, colour,"),
+    ],
+)
+def test_options_must_fit(monkeypatch, options, message):
+    monkeypatch.setitem(rewards.REWARDS, "bright", bright)
+    with pytest.raises(ValueError, match=message):
+        build(options, options)
+
+
+def test_a_config_may_name_a_reward_of_its_own():
+    config = configs.base()
+    config.lock()
+    config.rewards = {"mine": 1.0}
+    with pytest.raises(configs.ConfigError, match="rewards.mine='mine' is unknown"):
+        configs.resolve(config)
+    config.reward_options = {"mine": {"kind": "colour"}}
+    assert configs.resolve(config).config.reward_options.mine.kind == "colour"
