@@ -33,7 +33,7 @@ def test_a_config_may_name_a_reward_of_its_own():
     config = configs.base()
     config.lock()
     config.rewards = {"mine": 1.0}
-    with pytest.raises(configs.ConfigError, match="rewards.mine='mine' is unknown"):
+    with pytest.raises(configs.ConfigError, match=r"rewards.mine='mine' is unknown"):
         configs.resolve(config)
     config.reward_options = {"mine": {"kind": "colour"}}
     assert configs.resolve(config).config.reward_options.mine.kind == "colour"
