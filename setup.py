@@ -40,9 +40,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tensorboard": ["tensorflow-cpu", "tensorboard"],
+        "serve": ["fastapi", "uvicorn"],
         "test": [
             "pytest",
             "pytest-xdist",
+            "fastapi",
+            "uvicorn",
             "torch>=2.13,<2.14",
             "diffusers>=0.42",
             "accelerate",

@@ -1,0 +1,150 @@
+"""The web application of a reward server: the token, the limits and the counts that stand before a `Batcher`."""
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from mixgrpo_jax.rewards import Reward, wire
+from mixgrpo_jax.rewards.batching import Batcher, ScoreError
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse, PlainTextResponse
+except ImportError as error:
+    raise ImportError("serving rewards needs FastAPI and uvicorn: pip install 'mixgrpo_jax[serve]'") from error
+
+
+class Refused(Exception):
+    """A request that is not let in."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str]):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+def make_app(
+    rewards: Mapping[str, Reward],
+    token: str = "",
+    max_batch: int = 64,
+    max_queue: int = 64,
+    max_bytes: int = 256 << 20,
+) -> FastAPI:
+    """An application with /score, /health and /metrics.
+
+    Args:
+        rewards: by the names under which requests ask for them.
+        token: what requests must bear; "" lets everyone in.
+        max_batch: images scored at once, and the most that a request may hold.
+        max_queue: requests in hand beyond which others are told to come again.
+        max_bytes: of a request's body, and of its images once they are decoded.
+
+    Raises:
+        ValueError: no rewards, or a limit that lets nothing in.
+    """
+    if not rewards or min(max_batch, max_queue, max_bytes) < 1:
+        raise ValueError(
+            f"rewards={list(rewards)}, max_batch={max_batch}, max_queue={max_queue}, max_bytes={max_bytes}: name a "
+            "reward, and let each limit be at least 1"
+        )
+    service = _Service(rewards, token, max_queue, wire.Limits(max_batch, max_bytes))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(service.batcher.run())
+        yield
+        running.cancel()
+
+    app = FastAPI(title="mixgrpo_jax rewards", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.post("/score")(service.score)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.metrics)
+    return app
+
+
+class _Service:
+    def __init__(self, rewards: Mapping[str, Reward], token: str, max_queue: int, limits: wire.Limits):
+        self.batcher = Batcher(rewards, limits.images)
+        self.token, self.max_queue, self.limits = token, max_queue, limits
+        self.in_hand = 0  # requests: arriving, waiting, or being scored
+
+    async def score(self, request: Request) -> Response:
+        try:
+            response: Response = JSONResponse(await self._answer(request))
+        except (Refused, wire.BadRequest, wire.TooLarge, ScoreError) as error:
+            response, code = _failure(error)
+            self.batcher.counters.add("failures_total", reason=code)
+        self.batcher.counters.add("requests_total", status=str(response.status_code))
+        return response
+
+    async def health(self, request: Request) -> Response:
+        """Without a token, only that the server lives; with one, what it serves."""
+        trusted = self._is_trusted(request)
+        if not trusted and "authorization" in request.headers:
+            return _failure(_unauthorized())[0]
+        served = {
+            "rewards": list(self.batcher.rewards),
+            "max_batch": self.limits.images,
+            "max_bytes": self.limits.bytes,
+        }
+        return JSONResponse({"status": "ok"} | (served if trusted else {}))
+
+    async def metrics(self, request: Request) -> Response:
+        if not self._is_trusted(request):
+            return _failure(_unauthorized())[0]
+        return PlainTextResponse(self.batcher.counters.text(self.in_hand))
+
+    def _is_trusted(self, request: Request) -> bool:
+        """Whether the request bears the token, if there is one; found out in the same time whatever it bears."""
+        said = request.headers.get("authorization", "")
+        return not self.token or hmac.compare_digest(said.encode(), f"Bearer {self.token}".encode())
+
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        if not self._is_trusted(request):
+            raise _unauthorized()
+        if self.in_hand >= self.max_queue:
+            raise Refused(503, "busy", f"{self.in_hand} requests are in hand: come again", {"Retry-After": "1"})
+        self.in_hand += 1
+        try:
+            kind = request.headers.get("content-type", "")
+            asked, digest = await asyncio.to_thread(self._decode, await self._body(request), kind)
+            scores = await self.batcher.score(asked, digest)
+        finally:
+            self.in_hand -= 1
+        return {"id": asked.id, "scores": {name: values.tolist() for name, values in scores.items()}}
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, read to its end even where it is too long: a caller who is still sending hears no answer."""
+        body, size = bytearray(), 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= self.limits.bytes:
+                body += chunk
+        if size > self.limits.bytes:
+            raise wire.TooLarge(f"the body has {size} bytes; the limit is {self.limits.bytes}")
+        return bytes(body)
+
+    def _decode(self, body: bytes, kind: str) -> tuple[wire.Request, bytes]:
+        asked = wire.decode(body, kind, self.limits)
+        return asked, asked.digest()
+
+
+def _unauthorized() -> Refused:
+    return Refused(401, "unauthorized", "give the token: 'Authorization: Bearer ...'", {"WWW-Authenticate": "Bearer"})
+
+
+def _failure(error: Exception) -> tuple[Response, str]:
+    """The answer that tells of an error, and its code."""
+    status, code = 500, ""
+    details: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    if isinstance(error, Refused):
+        status, code, headers = error.status, error.code, error.headers
+    elif isinstance(error, wire.TooLarge):
+        status, code = 413, "too_large"
+    elif isinstance(error, wire.BadRequest):
+        status, code, details = 400, "bad_request", {"field": error.field}
+    elif isinstance(error, ScoreError):
+        code, details = error.code, {"reward": error.reward, "sample": error.sample}
+    return JSONResponse({"error": {"code": code, "message": str(error)} | details}, status, headers), code

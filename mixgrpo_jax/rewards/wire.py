@@ -1,0 +1,192 @@
+"""What a reward server is asked, and how that is written: as an .npz archive, or as JSON. Never as a pickle.
+
+An archive holds `images`, uint8 [B, H, W, 3], and `request`, a string of JSON:
+
+    {"id": "...", "rewards": ["ocr"], "prompts": ["..."] * B, "metadata": [{...}] * B}
+
+Plain JSON is the same object with `images`: for each one, the base64 of a PNG or of a .npy of uint8 [H, W, 3].
+`id`, `rewards` (all that the server has) and `metadata` (empty) may be left out.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import uuid
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ARCHIVE, JSON = "application/octet-stream", "application/json"
+FIELDS = ("id", "rewards", "prompts", "metadata")
+PNG = b"\x89PNG"
+
+
+class BadRequest(ValueError):
+    """A request that cannot be read; `field` says where."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class TooLarge(ValueError):
+    """A request over a server's limits."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes in one request."""
+
+    images: int
+    bytes: int  # of the body, and of the images once they are decoded
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to score: uint8 [B, H, W, 3], and B prompts with their metadata; no `rewards` asks for all there are."""
+
+    id: str
+    rewards: tuple[str, ...]
+    images: np.ndarray
+    prompts: list[str]
+    metadata: list[dict]
+
+    def digest(self) -> bytes:
+        """A fingerprint of all but the id: another request by the same id has another one."""
+        said = json.dumps([self.rewards, self.prompts, self.metadata, self.images.shape], default=_plain)
+        fingerprint = hashlib.sha256(said.encode())
+        fingerprint.update(np.ascontiguousarray(self.images).data)
+        return fingerprint.digest()
+
+
+def encode(request: Request) -> bytes:
+    """The request as an archive; arrays in the metadata become lists.
+
+    Raises:
+        ValueError: metadata that JSON cannot hold.
+    """
+    head = {name: getattr(request, name) for name in FIELDS}
+    try:
+        text = json.dumps(head, default=_plain)
+    except TypeError as error:
+        raise ValueError(
+            f"metadata cannot be sent to a reward server: {error}; keep numbers, text and arrays"
+        ) from None
+    archive = io.BytesIO()
+    np.savez(archive, images=request.images, request=np.array(text))
+    return archive.getvalue()
+
+
+def decode(body: bytes, content_type: str, limits: Limits) -> Request:
+    """The request in a body of type `ARCHIVE` or `JSON`.
+
+    Raises:
+        BadRequest: it cannot be read; the error names the field.
+        TooLarge: more images, or more bytes of them, than `limits` allow.
+    """
+    kinds = {ARCHIVE: _decode_archive, JSON: _decode_json}
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in kinds:
+        raise BadRequest("Content-Type", f"{content_type!r} is unknown; send {ARCHIVE} (.npz) or {JSON}")
+    head, images = kinds[kind](body, limits)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise BadRequest("images", f"they are {images.dtype} {list(images.shape)}; send uint8 [B, H, W, 3]")
+    _within(len(images), limits)
+    return _request(head, images)
+
+
+def _decode_archive(body: bytes, limits: Limits) -> tuple[Any, np.ndarray]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > limits.bytes:
+            raise TooLarge(f"the archive unpacks to {size} bytes; the limit is {limits.bytes}")
+        with np.load(io.BytesIO(body), allow_pickle=False) as archive:
+            if missing := {"images", "request"} - set(archive.files):
+                raise BadRequest(min(missing), "is missing from the archive")
+            return _load_json(str(archive["request"]), "request"), archive["images"]
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, NotImplementedError) as error:
+        raise BadRequest("body", f"is no .npz archive: {error}") from None
+    except ValueError as error:
+        if isinstance(error, BadRequest | TooLarge):
+            raise
+        raise BadRequest("body", f"holds an array that cannot be read: {error}") from None
+
+
+def _decode_json(body: bytes, limits: Limits) -> tuple[Any, np.ndarray]:
+    head = _load_json(body, "body")
+    images = head.pop("images", None) if isinstance(head, dict) else None
+    if not isinstance(images, list) or not images:
+        raise BadRequest("images", "send a list of base64 strings, each a PNG or a .npy")
+    _within(len(images), limits)
+    decoded: list[np.ndarray] = []
+    for i, text in enumerate(images):
+        decoded.append(_decode_image(f"images[{i}]", text, limits.bytes - sum(image.nbytes for image in decoded)))
+        if decoded[i].shape != decoded[0].shape:
+            raise BadRequest(f"images[{i}]", f"is {decoded[i].shape}, the first one {decoded[0].shape}; send one size")
+    return head, np.stack(decoded)
+
+
+def _decode_image(field: str, text: Any, room: int) -> np.ndarray:
+    """One image of at most `room` bytes; its size is looked at before it is unpacked."""
+    try:
+        data = io.BytesIO(base64.b64decode(text, validate=True))
+        if data.getvalue()[:4] != PNG:
+            return np.lib.format.read_array(data, allow_pickle=False)
+        picture = Image.open(data, formats=["PNG"])
+        if 3 * picture.width * picture.height > room:
+            raise TooLarge(f"{field} takes the images over the limit of bytes: it is {picture.width}x{picture.height}")
+        return np.asarray(picture.convert("RGB"))
+    except TooLarge:
+        raise
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise BadRequest(field, f"is neither the base64 of a PNG nor that of a .npy: {error}") from None
+
+
+def _load_json(text: str | bytes, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(field, f"is no JSON: {error}") from None
+
+
+def _request(head: Any, images: np.ndarray) -> Request:
+    if not isinstance(head, dict):
+        raise BadRequest("request", f"is a {type(head).__name__}; send an object with prompts")
+    if unknown := set(head) - set(FIELDS):
+        raise BadRequest(min(unknown), f"is unknown; the fields are images, {', '.join(FIELDS)}")
+    prompts = _list_of(str, "prompts", head.get("prompts"), len(images))
+    metadata = _list_of(dict, "metadata", head.get("metadata", [{}] * len(images)), len(images))
+    rewards = _list_of(str, "rewards", head.get("rewards", []))
+    name = head.get("id") or uuid.uuid4().hex
+    if not isinstance(name, str) or len(name) > 128:
+        raise BadRequest("id", f"{name!r} should be a string of at most 128 characters")
+    return Request(name, tuple(rewards), images, prompts, metadata)
+
+
+def _list_of(kind: type, field: str, values: Any, length: int | None = None) -> list:
+    if not isinstance(values, list):
+        raise BadRequest(field, f"is {values!r}; send a list")
+    if length is not None and len(values) != length:
+        raise BadRequest(field, f"has {len(values)} entries for {length} images")
+    for i, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise BadRequest(f"{field}[{i}]", f"is a {type(value).__name__}; send a {kind.__name__}")
+    return values
+
+
+def _within(images: int, limits: Limits) -> None:
+    if images > limits.images:
+        raise TooLarge(f"{images} images; the limit is {limits.images} a request")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold in the place of a NumPy or JAX array or scalar."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} in the metadata")
