@@ -22,23 +22,17 @@ import uvicorn
 from absl import app, flags
 from ml_collections import config_flags
 
+from mixgrpo_jax import rewards
 from mixgrpo_jax.config import ConfigError
-from mixgrpo_jax.rewards import REWARDS, Reward
+from mixgrpo_jax.rewards import Reward
 from mixgrpo_jax.rewards.app import make_app
 from mixgrpo_jax.rewards.remote import TOKEN
 
 
 def build(config: Any) -> dict[str, Reward]:
-    """The rewards that a config names, trained on or watched, by name.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """The rewards that a config names, trained on or watched, by name. Raises ValueError as `rewards.build` does."""
     names = dict.fromkeys([*config.rewards, *config.watched])
-    if unknown := [name for name in names if name not in REWARDS]:
-        raise ConfigError(f"rewards.{unknown[0]} is unknown; choose from {', '.join(sorted(REWARDS))}")
-    options = config.get("reward_options") or {}
-    return {name: REWARDS[name](**options.get(name, {})) for name in names}
+    return {reward.name: reward for reward in rewards.build(names, config.reward_options)}
 
 
 def read_token(token_file: str, host: str) -> str:

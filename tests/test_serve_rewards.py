@@ -35,7 +35,7 @@ def test_serves_what_the_config_names(monkeypatch):
         config.reward_options = dict(own=dict(scale=5))
     assert build(config)["own"].score() == 5
     config.watched = ("nothing",)
-    with pytest.raises(configs.ConfigError, match="nothing"):
+    with pytest.raises(ValueError, match="reward 'nothing' is unknown"):
         build(config)
 
 

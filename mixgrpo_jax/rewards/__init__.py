@@ -1,33 +1,14 @@
-"""What is good: rewards by name, and the one contract that they all keep."""
+"""What is good: rewards by name, and how they are built and asked."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 
-from mixgrpo_jax.rewards import colour, ocr
-
-Images = np.ndarray | jax.Array  # uint8 [B, H, W, 3]
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A score of each image for its prompt; larger is better.
-
-    Attributes:
-        name: how logs and configs call it.
-        where: "device" if `score` only enqueues work on the accelerator, "host" if it keeps the CPU busy.
-        score: `(images, prompts, metadata) -> scores`, with images uint8 [B, H, W, 3], B prompts, and for each prompt
-            the dict that came with it from the data; scores are float32 [B]. It may raise: a run stops rather than
-            learn from a made-up score. Scores that are not finite are refused by `score_all`.
-    """
-
-    name: str
-    where: Literal["device", "host"]
-    score: Callable[[Images, list[str], list[dict]], Images]
+from mixgrpo_jax.rewards import chat, colour, ocr, remote
+from mixgrpo_jax.rewards.contract import Images as Images
+from mixgrpo_jax.rewards.contract import Reward as Reward
 
 
 def _ocr() -> Reward:
@@ -44,7 +25,13 @@ def _strict() -> Reward:
     return Reward("strict", "host", strict_score)
 
 
-REWARDS: dict[str, Callable[..., Reward]] = {"ocr": _ocr, "colour": _colour, "strict": _strict}
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "ocr": _ocr,
+    "colour": _colour,
+    "strict": _strict,
+    "remote": remote.remote,
+    "chat": chat.chat,
+}
 
 
 def build(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
@@ -62,13 +49,12 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
         raise ValueError(
             f"reward {name!r} is unknown: choose from {', '.join(sorted(REWARDS))}, or set its kind to one"
         )
-    named = {"name": name} if kind != name else {}
+    signature = inspect.signature(REWARDS[kind])
+    named = {"name": name} if kind != name or "name" in signature.parameters else {}
     try:
-        inspect.signature(REWARDS[kind]).bind(**named, **options)
+        signature.bind(**named, **options)
     except TypeError as error:
-        raise ValueError(
-            f"reward_options.{name}={options}: {error}; {kind} takes {inspect.signature(REWARDS[kind])}"
-        ) from None
+        raise ValueError(f"reward_options.{name}={options}: {error}; {kind} takes {signature}") from None
     return REWARDS[kind](**named, **options)
 
 

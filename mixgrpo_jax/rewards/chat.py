@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.transport import Rejected, Servers, fetch
 
 TOKEN = "MIXGRPO_JAX_CHAT_TOKEN"  # the environment's variable
