@@ -84,9 +84,13 @@ def lazy_restore(folder: str | os.PathLike, name: str = "", dtype: Any = None) -
     def small():
         return read([path for path, struct in structs.items() if struct.size <= SMALL])
 
-    @functools.lru_cache(maxsize=1)
+    held: dict[tuple, Any] = {}
+
     def large(path):
-        return read([path])[path]
+        if path not in held:
+            held.clear()  # before the next one is read: the two would be in memory at once
+            held[path] = read([path])[path]
+        return held[path]
 
     def lazy_leaf(path, struct):
         whole = functools.partial(large, path) if struct.size > SMALL else lambda: small()[path]
