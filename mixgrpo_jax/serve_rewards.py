@@ -18,14 +18,13 @@ import os
 import pathlib
 from typing import Any
 
-import uvicorn
 from absl import app, flags
 from ml_collections import config_flags
 
 from mixgrpo_jax import rewards
 from mixgrpo_jax.config import ConfigError
 from mixgrpo_jax.rewards import Reward
-from mixgrpo_jax.rewards.app import make_app
+from mixgrpo_jax.rewards.app import make_app, serve
 from mixgrpo_jax.rewards.remote import TOKEN
 
 
@@ -52,7 +51,7 @@ def read_token(token_file: str, host: str) -> str:
 def main(_):  # noqa: D103
     token = read_token(_TOKEN_FILE.value, _HOST.value)
     web = make_app(build(_CONFIG.value), token, _MAX_BATCH.value, _MAX_QUEUE.value, _MAX_BYTES.value)
-    uvicorn.run(web, host=_HOST.value, port=_PORT.value, access_log=False)
+    serve(web, _HOST.value, _PORT.value)
 
 
 if __name__ == "__main__":

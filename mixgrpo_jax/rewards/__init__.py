@@ -1,5 +1,6 @@
 """What is good: rewards by name, and how they are built and asked."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -37,8 +38,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
 def build(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
     """The rewards of these names, each with its options as keywords.
 
-    A reward is that of REWARDS by its name, or by its option `kind`, which is then told its name: several of one kind
-    may stand side by side. Raises ValueError for an unknown kind, an option it does not take, or one that it lacks.
+    A reward is that of REWARDS by its name, or by its option `kind`: several of one kind may stand side by side. Raises
+    ValueError for an unknown kind, an option it does not take, or one that it lacks.
     """
     return [_build(name, dict(options.get(name, {}))) for name in names]
 
@@ -46,16 +47,15 @@ def build(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> lis
 def _build(name: str, options: dict[str, Any]) -> Reward:
     kind = options.pop("kind", name)
     if kind not in REWARDS:
-        raise ValueError(
-            f"reward {name!r} is unknown: choose from {', '.join(sorted(REWARDS))}, or set its kind to one"
-        )
+        raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(REWARDS))}, or set kind to one")
     signature = inspect.signature(REWARDS[kind])
-    named = {"name": name} if kind != name or "name" in signature.parameters else {}
+    if "name" in signature.parameters:  # what a server calls it
+        options = {"name": name} | options
     try:
-        signature.bind(**named, **options)
+        signature.bind(**options)
     except TypeError as error:
         raise ValueError(f"reward_options.{name}={options}: {error}; {kind} takes {signature}") from None
-    return REWARDS[kind](**named, **options)
+    return dataclasses.replace(REWARDS[kind](**options), name=name)
 
 
 def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:

@@ -10,6 +10,7 @@ from mixgrpo_jax.rewards import Reward, wire
 from mixgrpo_jax.rewards.batching import Batcher, ScoreError
 
 try:
+    import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse, PlainTextResponse
 except ImportError as error:
@@ -61,6 +62,11 @@ def make_app(
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     return app
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Answer requests until the process is told to stop; those in hand are finished."""
+    uvicorn.run(app, host=host, port=port, access_log=False)
 
 
 class _Service:

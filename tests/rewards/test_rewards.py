@@ -5,8 +5,8 @@ from mixgrpo_jax import rewards
 from mixgrpo_jax.rewards import REWARDS, Reward, build
 
 
-def bright(name="bright", *, limit):
-    return Reward(name, "host", lambda images, prompts, metadata: images.mean((1, 2, 3)) > limit)
+def bright(*, limit):
+    return Reward("bright", "host", lambda images, prompts, metadata: images.mean((1, 2, 3)) > limit)
 
 
 def test_rewards_are_built_with_their_options(monkeypatch):
