@@ -63,7 +63,7 @@ def compile_phase(lowered: Any) -> tuple[Any, float]:
     try:
         return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
-        asked = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        asked = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not asked:
             raise
         return None, float(asked[1]) * 1024.0 ** (1 + "KMGT".index(asked[2]))

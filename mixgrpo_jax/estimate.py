@@ -193,6 +193,7 @@ def find_parts(settings: Settings, architecture: str) -> policies.Parts:
 
 def main(_):  # noqa: D103
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or the TPU's library asks the cloud which TPU this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it refuses where another process has loaded it
     jax.config.update("jax_platforms", "cpu")
     settings = configs.resolve(_CONFIG.value)
     if settings.config.model.attention == "auto":

@@ -268,8 +268,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mixgrpo_jax.models import flux
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+# a device has 4 samples of 4 heads: scores do not fit into the chip's vector memory, which is not counted
 mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
-config = flux.flux_small(num_layers=0, attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56))
+config = flux.flux_small(num_layers=0, attention_head_dim=128, num_attention_heads=4, axes_dims_rope=(16, 56, 56))
 
 def array(*shape, spec=P()):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
@@ -282,7 +283,7 @@ def temporaries(attention):
 
     shapes = jax.eval_shape(functools.partial(flux.init, config), jax.random.key(0))
     params = jax.tree.map(lambda leaf: array(*leaf.shape), shapes)
-    inputs = [array(4, *shape, spec=P("fsdp")) for shape in ((2025, 96), (512, 128), (128,))]
+    inputs = [array(16, *shape, spec=P("fsdp")) for shape in ((2025, 96), (512, 128), (128,))]
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss)).lower(params, *inputs).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -294,5 +295,6 @@ print(temporaries("splash"), temporaries("xla"))
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_splash_and_needs_less_memory_than_for_xla():
     pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
-    splash, xla = map(int, run(FOR_TPU, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1").split())
+    compiler = dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # others may be compiling, too
+    splash, xla = map(int, run(FOR_TPU, JAX_PLATFORMS="cpu", **compiler).split())
     assert splash < xla / 2
