@@ -33,6 +33,7 @@ setup(
         "pillow",
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
+        "onnx>=1.16",
         "onnxruntime",
         "rapidocr-onnxruntime>=1.4.4",  # ships PP-OCRv4's weights; only the file is read, the package is not imported
     ],

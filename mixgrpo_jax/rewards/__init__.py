@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,9 +12,18 @@ from mixgrpo_jax.rewards.contract import Images as Images
 from mixgrpo_jax.rewards.contract import Reward as Reward
 
 
-def _ocr() -> Reward:
-    ocr.network()  # a missing package should stop a run at its start, not after the first rollout
-    return Reward("ocr", "host", ocr.score)
+def _ocr(where: Literal["host", "device"] = "host") -> Reward:
+    if where not in ("host", "device"):
+        raise ValueError(f"reward_options.ocr.where={where!r}: 'host' reads with onnxruntime, 'device' with JAX")
+    # A missing package should stop a run at its start, not after the first rollout.
+    ocr.network() if where == "host" else ocr.device_network()
+    # On the device, too, it is waited for: the text is compared on the host.
+    return Reward("ocr", "host", ocr.score if where == "host" else ocr.score_on_device)
+
+
+def _ocr_dense() -> Reward:
+    ocr.device_network()
+    return Reward("ocr_dense", "device", ocr.dense_score)
 
 
 def _colour() -> Reward:
@@ -28,6 +37,7 @@ def _strict() -> Reward:
 
 REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": _ocr,
+    "ocr_dense": _ocr_dense,
     "colour": _colour,
     "strict": _strict,
     "remote": remote.remote,

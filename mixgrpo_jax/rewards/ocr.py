@@ -1,52 +1,61 @@
-"""Does the picture say what was asked? Text is read back by PP-OCRv4's recognition network, on the host.
+"""Does the picture say what was asked? Text is read back by PP-OCRv4's recognition network.
 
-Recognition only: the image is taken to be one line of text, so there is no detector to find it.
+Recognition only: the image is taken to be one line of text, so there is no detector to find it. The network runs on
+the host by onnxruntime (`read`, `score`), or wherever JAX does (`read_on_device`, `score_on_device`, and `dense`, which
+has a gradient).
 """
 
 import functools
-import importlib.util
-import unicodedata
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 from PIL import Image
+
+from mixgrpo_jax.models import ppocr
+from mixgrpo_jax.rewards.contract import Images
 
 HEIGHT = 48  # pixels; what the network was trained at
 
 
 @functools.cache
 def network() -> tuple[onnxruntime.InferenceSession, list[str]]:
-    """The recognition network and its alphabet, whose entry 0 is CTC's blank.
-
-    Only the weights are taken from rapidocr-onnxruntime: importing that package would bring OpenCV along.
+    """The recognition network in onnxruntime and its alphabet, whose entry 0 is CTC's blank.
 
     Raises:
-        ImportError: if rapidocr-onnxruntime is not installed.
+        ImportError: if rapidocr-onnxruntime, which brings the weights, is not installed.
     """
-    package = importlib.util.find_spec("rapidocr_onnxruntime")
-    if package is None or not package.submodule_search_locations:
-        raise ImportError(
-            "the ocr reward reads PP-OCRv4's weights from rapidocr-onnxruntime, which is not installed: "
-            "pip install rapidocr-onnxruntime"
-        )
-    weights = Path(package.submodule_search_locations[0], "models", "ch_PP-OCRv4_rec_infer.onnx")
-    session = onnxruntime.InferenceSession(weights, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(ppocr.weights_file(), providers=["CPUExecutionProvider"])
     characters = session.get_modelmeta().custom_metadata_map["character"].splitlines()
     return session, ["", *characters, " "]
 
 
-def read(images: np.ndarray | jax.Array) -> list[str]:
-    """The text in each image, uint8 [B, H, W, 3], in lower case and without spaces; "" where none is seen.
+@functools.cache
+def device_network() -> tuple[ppocr.Network, ppocr.Params]:
+    """The recognition network in JAX, and its parameters. Raises ImportError as `network` does."""
+    return ppocr.load(ppocr.weights_file())
 
-    Unicode's full-width and other compatibility forms are folded into the plain ones (NFKC): the network knows two
-    glyphs for each digit, and can hardly tell them apart in a short text.
-    """
+
+def read(images: Images) -> list[str]:
+    """The text in each image, uint8 [B, H, W, 3], in its plain form (`ppocr.plain`); "" where none is seen."""
     images = np.asarray(images)
+    _check(images)
+    return list(_read(images.tobytes(), images.shape))
+
+
+def read_on_device(images: Images) -> list[str]:
+    """What `read` gives, by the network in JAX: only the likeliest class at each position comes to the host."""
+    _check(images)
+    net, params = device_network()
+    likeliest = np.asarray(jnp.argmax(_logits(net, params, images), -1))
+    return [ppocr.greedy_decode(best, net.alphabet) for best in likeliest]
+
+
+def _check(images: Images) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3]")
-    return list(_read(images.tobytes(), images.shape))
 
 
 @functools.lru_cache(maxsize=1)  # several rewards read the same pictures
@@ -54,8 +63,7 @@ def _read(data: bytes, shape: tuple[int, ...]) -> tuple[str, ...]:
     session, alphabet = network()
     pixels = _preprocess(np.frombuffer(data, np.uint8).reshape(shape))
     (probabilities,) = session.run(None, {session.get_inputs()[0].name: pixels})
-    texts = (_greedy_decode(best, alphabet) for best in probabilities.argmax(-1))
-    return tuple("".join(unicodedata.normalize("NFKC", text).lower().split()) for text in texts)
+    return tuple(ppocr.greedy_decode(best, alphabet) for best in probabilities.argmax(-1))
 
 
 def _preprocess(images: np.ndarray) -> np.ndarray:
@@ -65,10 +73,53 @@ def _preprocess(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(resized.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1
 
 
-def _greedy_decode(best: np.ndarray, alphabet: list[str]) -> str:
-    """CTC's best path: merge repeats, then drop blanks. `best` holds the likeliest class at each position."""
-    is_new = np.diff(best, prepend=-1) != 0
-    return "".join(alphabet[i] for i in best[is_new])
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(net: ppocr.Network, params: ppocr.Params, images: Images) -> jax.Array:
+    return ppocr.logits(net, params, ppocr.preprocess(images))
+
+
+def dense(images: jax.typing.ArrayLike, targets: Sequence[str]) -> jax.Array:
+    """How likely the network thinks it is that each image says its target: float32 [B], at most 0.
+
+    The log-likelihood per character, `ppocr.log_likelihood`: with y the target's n characters,
+
+        (1 / n) log sum_pi prod_t p_t(pi_t),
+
+    over the paths pi that CTC reads as y. It tells two misread pictures apart, and has a gradient with respect to
+    images of floats, which are not rounded on the way. The compiled program is the same for any targets.
+
+    Args:
+        images: [B, H, W, 3], uint8 or float from 0 to 255.
+        targets: B texts; upper case and spaces do not matter.
+
+    Raises:
+        ValueError: images of another shape or dtype, or a target that is empty, has a character that the network cannot
+            read, or does not fit into the picture, which has six positions for a square and more for a wider one.
+    """
+    net, params = device_network()
+    return ppocr.log_likelihood(_logits(net, params, images), net.alphabet, targets)
+
+
+def targets(prompts: list[str], metadata: list[dict]) -> list[str]:
+    """What each picture should say: `metadata["number"]`, or else what stands in the prompt's first double quotes.
+
+    >>> targets(["a sign", 'a cat holds a sign "Hello World"'], [{"number": "42"}, {}])
+    ['42', 'helloworld']
+
+    Raises:
+        ValueError: a prompt without quotes, or with nothing between them, where the metadata have no number.
+    """
+    return [m["number"] if "number" in m else _quoted(prompts[i]) for i, m in enumerate(metadata)]
+
+
+def _quoted(prompt: str) -> str:
+    parts = prompt.split('"')
+    text = ppocr.plain(parts[1]) if len(parts) > 2 else ""
+    if not text:
+        raise ValueError(
+            f"prompt {prompt!r} does not say what text to draw: put it in double quotes, or give metadata['number']"
+        )
+    return text
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -85,13 +136,26 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-    """1 - min(d, n) / n, with d the edit distance of the text read to `metadata["number"]`, of length n; float32 [B].
+def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    """1 - min(d, n) / n, with d the edit distance of the text read to the target (`targets`), of length n; float32 [B].
 
     The distance is exact. Text that merely contains the number is not right: 14270 is another number than 4270.
     """
-    del prompts
-    return np.array([accuracy(text, m["number"]) for text, m in zip(read(images), metadata, strict=True)], np.float32)
+    return _accuracies(read(images), targets(prompts, metadata))
+
+
+def score_on_device(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    """`score`, of the text that `read_on_device` reads."""
+    return _accuracies(read_on_device(images), targets(prompts, metadata))
+
+
+def dense_score(images: Images, prompts: list[str], metadata: list[dict]) -> jax.Array:
+    """`dense` for the targets in the metadata or the prompts, float32 [B]."""
+    return dense(images, targets(prompts, metadata))
+
+
+def _accuracies(texts: list[str], wanted: list[str]) -> np.ndarray:
+    return np.array([accuracy(text, target) for text, target in zip(texts, wanted, strict=True)], np.float32)
 
 
 def accuracy(text: str, target: str) -> float:

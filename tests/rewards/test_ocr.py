@@ -2,11 +2,14 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data.signs import Sign, render, sample_signs
+from mixgrpo_jax.data.signs import Sign, photograph, render, sample_signs
 from mixgrpo_jax.rewards import REWARDS, Reward, ocr, score_all
+
+BATCH = 50  # pictures to a call, of one shape, which is compiled once
 
 
 def pictures(signs):
@@ -67,16 +70,87 @@ def test_another_number_scores_by_the_digits_it_gets_right():
     assert scores == [1.0, 0.75, 0.25, 0.0]
 
 
+@pytest.mark.parametrize("read", [ocr.read, ocr.read_on_device])
 @pytest.mark.parametrize("images", [np.zeros((2, 16, 48, 3), np.float32), np.zeros((16, 48, 3), np.uint8)])
-def test_images_of_another_kind_are_refused(images):
+def test_images_of_another_kind_are_refused(images, read):
     with pytest.raises(ValueError, match=r"give uint8 \[B, H, W, 3\]"):
-        ocr.read(images)
+        read(images)
 
 
-def test_missing_weights_name_the_remedy(monkeypatch):
+@pytest.mark.parametrize("network", [ocr.network, ocr.device_network])
+def test_missing_weights_name_the_remedy(monkeypatch, network):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install rapidocr-onnxruntime"):
-        ocr.network.__wrapped__()
+        network.__wrapped__()
+
+
+def photographs(count):
+    """Signs, every other one with noise."""
+    rng, signs = np.random.default_rng(0), sample_signs("test", count)
+    images = [photograph(sign, rng) if i % 2 else render(sign) for i, sign in enumerate(signs)]
+    return np.stack(images), [{"number": sign.number} for sign in signs]
+
+
+@pytest.mark.parametrize("count", [BATCH * 4, pytest.param(BATCH * 20, marks=pytest.mark.slow)])
+def test_the_device_reads_what_the_host_reads(count):
+    images, _ = photographs(count)
+    session, _ = ocr.network()
+    for batch in np.split(images, count // BATCH):
+        assert ocr.read_on_device(batch) == ocr.read(batch)
+        (expected,) = session.run(None, {"x": ocr._preprocess(batch)})
+        probabilities = jax.nn.softmax(ocr._logits(*ocr.device_network(), batch))
+        np.testing.assert_allclose(probabilities, expected, atol=1e-4)
+
+
+def test_the_device_scores_as_the_host_does():
+    images, metadata = photographs(BATCH)
+    found = REWARDS["ocr"](where="device").score(images, [""] * BATCH, metadata)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, REWARDS["ocr"]().score(images, [""] * BATCH, metadata))
+
+
+def test_dense_is_highest_for_what_the_picture_says():
+    numbers = ["4258", "4256", "425", "44258", "9999", "31"]
+    images, _ = pictures([Sign("4258", "black", "white")] * BATCH)
+    found = np.asarray(ocr.dense(images, (numbers * BATCH)[:BATCH]))[: len(numbers)]
+    assert found.dtype == np.float32 and found[0] > np.log(0.5)
+    assert (found[0] > found[1:] + 0.5).all() and (found <= 0).all()
+
+
+def test_dense_tells_misread_pictures_apart():
+    images, metadata = photographs(BATCH)
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    mixed = [np.uint8(np.clip((1 - s) * images + s * (128 + 128 * noise), 0, 255)) for s in (0.0, 0.3, 0.6, 1.0)]
+    dense = [np.asarray(REWARDS["ocr_dense"]().score(x, [], metadata)) for x in mixed]
+    assert (np.diff(np.mean(dense, axis=1)) < -0.1).all()
+    assert len(set(dense[-1])) == BATCH and ocr.score(mixed[-1], [], metadata).max() < 0.5
+
+
+def test_dense_has_the_gradient_of_its_values():
+    images, metadata = photographs(2)
+    numbers = [m["number"] for m in metadata]
+    images = np.float32(images)
+    _, pullback = jax.vjp(lambda x: ocr.dense(x, numbers), images)
+    (gradient,) = pullback(np.ones(2, np.float32))
+    step = 0.5 * gradient / np.linalg.norm(gradient)
+    difference = np.sum(ocr.dense(images + step, numbers) - ocr.dense(images - step, numbers))
+    np.testing.assert_allclose(2 * np.vdot(gradient, step), difference, rtol=0.02)
+
+
+def test_targets():
+    prompts = ["a sign", 'a cat with a sign "Hello World" and "no"', '"7"']
+    assert ocr.targets(prompts, [{"number": "42"}, {}, {"number": "8"}]) == ["42", "helloworld", "8"]
+
+
+@pytest.mark.parametrize("prompt", ["a sign that says 42", 'a sign that says "42', 'a sign that says " "'])
+def test_a_prompt_without_a_target_is_refused(prompt):
+    with pytest.raises(ValueError, match="put it in double quotes, or give metadata"):
+        ocr.targets([prompt], [{}])
+
+
+def test_score_reads_the_target_in_the_prompt():
+    images, _ = pictures([Sign("4258", "black", "white")] * 2)
+    assert ocr.score(images, ['a sign that says "4258"', 'the "4 2 5 6"'], [{}, {}]).tolist() == [1.0, 0.75]
 
 
 def test_neither_the_data_nor_opencv_is_imported():

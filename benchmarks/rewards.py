@@ -1,0 +1,84 @@
+"""Reward models in JAX beside the usual ways to run them, on the same pictures: seconds a batch, and their ratios.
+
+    python -m benchmarks.rewards
+    python -m benchmarks.rewards --pictures=64 --repetitions=5
+
+The ways are interleaved (each once, then each again), and compared within a run of this program only. What a way takes
+includes everything between a batch of pictures and their scores. To compare another model, add it to `MODELS`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from absl import app, flags
+
+from mixgrpo_jax.data import signs
+from mixgrpo_jax.rewards import ocr
+
+_MODELS = flags.DEFINE_list("models", None, "Names of reward models; all by default.")
+_PICTURES = flags.DEFINE_integer("pictures", 192, "Pictures a batch: by default, 16 prompts with groups of 12.")
+_REPETITIONS = flags.DEFINE_integer("repetitions", 3, "How often each way is timed, after a first call.")
+
+Ways = dict[str, Callable[[], object]]  # the first is ours
+
+
+def ocr_ways(count: int) -> Ways:
+    """PP-OCRv4's recognition network on `count` signs with more or less noise."""
+    rng = np.random.default_rng(0)
+    drawn = signs.sample_signs("test", count)
+    images = np.stack([signs.photograph(sign, rng) for sign in drawn])
+    numbers = [{"number": sign.number} for sign in drawn]
+
+    def on_host(rows: slice) -> np.ndarray:
+        ocr._read.cache_clear()  # the same pictures are not read twice
+        return ocr.score(images[rows], [], numbers[rows])
+
+    return {
+        "JAX": lambda: ocr.score_on_device(images, [], numbers),
+        "JAX, dense score": lambda: np.asarray(ocr.dense_score(images, [], numbers)),
+        "onnxruntime": lambda: on_host(slice(None)),
+        "onnxruntime, one at a time": lambda: [on_host(slice(i, i + 1)) for i in range(count)],
+    }
+
+
+MODELS: dict[str, Callable[[int], Ways]] = {"ocr": ocr_ways}
+
+
+def seconds(way: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    way()
+    return time.perf_counter() - start
+
+
+def rows(model: str, count: int, repetitions: int) -> list[str]:
+    """One row a way: its first call, its median, and the ratio of each repetition's seconds to ours."""
+    ways = MODELS[model](count)
+    first = {name: seconds(way) for name, way in ways.items()}
+    rounds = [{name: seconds(way) for name, way in ways.items()} for _ in range(repetitions)]
+    ours = next(iter(ways))
+    result = []
+    for name in ways:
+        median = statistics.median(times[name] for times in rounds)
+        ratios = sorted(times[name] / times[ours] for times in rounds)
+        result.append(
+            f"| {model} | {name} | {first[name]:.1f} | {median:.2f} | {count / median:.1f} "
+            f"| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
+        )
+    return result
+
+
+def main(_):  # noqa: D103
+    lines = [
+        "| model | way | first call, s | s a batch | pictures a second | s, ours = 1 (range) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in _MODELS.value or MODELS:
+        lines += rows(model, _PICTURES.value, _REPETITIONS.value)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,112 @@
+"""The network's file: an ONNX graph of known operators, its parameters, and the alphabet that it reads."""
+
+import importlib.util
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from mixgrpo_jax.models.ppocr.operators import OPERATORS
+
+OPSET = 12
+Params = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of a graph, `output = operator(*inputs, **attributes)`; inputs and output are names of values."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What is known of a network before its parameters and its input are.
+
+    Attributes:
+        nodes: in the order in which they run.
+        constants: scalars, and the integers that shapes are made of, by name.
+        input: name of the pictures.
+        output: name of the logits.
+        alphabet: what each class reads; class 0 is CTC's blank, and reads "".
+    """
+
+    nodes: tuple[Node, ...]
+    constants: dict[str, np.ndarray]
+    input: str
+    output: str
+    alphabet: tuple[str, ...]
+
+
+def weights_file() -> Path:
+    """The ONNX file in rapidocr-onnxruntime. That package is not imported: it would bring OpenCV along.
+
+    Raises:
+        ImportError: if rapidocr-onnxruntime is not installed.
+    """
+    package = importlib.util.find_spec("rapidocr_onnxruntime")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "PP-OCRv4's weights are read from rapidocr-onnxruntime, which is not installed: "
+            "pip install rapidocr-onnxruntime"
+        )
+    return Path(package.submodule_search_locations[0], "models", "ch_PP-OCRv4_rec_infer.onnx")
+
+
+def load(path: str | os.PathLike) -> tuple[Network, Params]:
+    """Reads an ONNX file: the network, up to its logits, and its parameters by their names in the file.
+
+    Raises:
+        ValueError: another opset, an unknown operator, an operator with other attributes or inputs than the known ones,
+            a graph that does not end in a softmax over classes, or a file without an alphabet; the message names it.
+    """
+    model = onnx.load(path)
+    _check_opset(path, model)
+    is_constant = [node.op_type == "Constant" for node in model.graph.node]
+    tensors = {node.output[0]: _tensor(path, node) for node, yes in zip(model.graph.node, is_constant) if yes}
+    *nodes, last = (_node(path, node) for node, yes in zip(model.graph.node, is_constant) if not yes)
+    if last.operator != "Softmax":
+        raise ValueError(f"{path}: the graph ends in {last.operator}: give one that ends in a Softmax over classes")
+    params = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32 and tensor.size > 1}
+    constants = {name: tensor for name, tensor in tensors.items() if name not in params}
+    return Network(tuple(nodes), constants, model.graph.input[0].name, last.inputs[0], _alphabet(path, model)), params
+
+
+def _check_opset(path: str | os.PathLike, model: onnx.ModelProto) -> None:
+    opset = {entry.domain: entry.version for entry in model.opset_import}
+    if opset != {"": OPSET}:
+        raise ValueError(f"{path}: operator sets {opset}, but only ONNX's own of version {OPSET} is known: convert it")
+
+
+def _tensor(path: str | os.PathLike, node: onnx.NodeProto) -> np.ndarray:
+    (attribute,) = node.attribute
+    if attribute.name != "value":
+        raise ValueError(f"{path}: Constant {node.output[0]!r} has attribute {attribute.name!r}: only value is known")
+    return onnx.numpy_helper.to_array(attribute.t)
+
+
+def _node(path: str | os.PathLike, node: onnx.NodeProto) -> Node:
+    if node.op_type not in OPERATORS:
+        raise ValueError(f"{path}: operator {node.op_type} of {node.output[0]!r} is unknown: add it to OPERATORS")
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    try:
+        inspect.signature(OPERATORS[node.op_type]).bind(*node.input, **attributes)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: operator {node.op_type} of {node.output[0]!r}: {error}: extend it in OPERATORS"
+        ) from error
+    return Node(node.op_type, tuple(node.input), node.output[0], attributes)
+
+
+def _alphabet(path: str | os.PathLike, model: onnx.ModelProto) -> tuple[str, ...]:
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if "character" not in metadata:
+        raise ValueError(f"{path}: the metadata lack 'character', the alphabet: give a recognition network")
+    return ("", *metadata["character"].splitlines(), " ")
