@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixgrpo_jax.rewards import chat, colour, ocr, remote
+from mixgrpo_jax.rewards import aesthetic, brisque, chat, clip, colour, function, image_reward, jpeg, ocr, remote
 from mixgrpo_jax.rewards.contract import Images as Images
 from mixgrpo_jax.rewards.contract import Reward as Reward
 
@@ -35,11 +35,25 @@ def _strict() -> Reward:
     return Reward("strict", "host", strict_score)
 
 
+def _brisque() -> Reward:
+    brisque.regression()
+    return Reward("brisque", "device", brisque.score)
+
+
 REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": _ocr,
     "ocr_dense": _ocr_dense,
     "colour": _colour,
     "strict": _strict,
+    "hps": clip.hps,
+    "pickscore": clip.pickscore,
+    "clipscore": clip.clipscore,
+    "aesthetic": aesthetic.aesthetic,
+    "image_reward": image_reward.image_reward,
+    "brisque": _brisque,
+    "jpeg_compressibility": lambda: Reward("jpeg_compressibility", "host", jpeg.compressibility),
+    "jpeg_incompressibility": lambda: Reward("jpeg_incompressibility", "host", jpeg.incompressibility),
+    "function": function.function_reward,
     "remote": remote.remote,
     "chat": chat.chat,
 }

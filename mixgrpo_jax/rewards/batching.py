@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.wire import BadRequest, Request
 
 PREFIX = "mixgrpo_jax_reward_"

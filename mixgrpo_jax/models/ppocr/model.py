@@ -44,7 +44,7 @@ def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
         y = jnp.tensordot(x.astype(jnp.float32), weights.astype(np.float32), ((axis,), (1,)), precision="highest")
     else:
         fixed = np.floor(weights * 2**FRACTION + 0.5).astype(np.int32)
-        y = jnp.tensordot(x.astype(jnp.int32), fixed, ((axis,), (1,))) 
+        y = jnp.tensordot(x.astype(jnp.int32), fixed, ((axis,), (1,)))
         y = (y + 2 ** (FRACTION - 1)) >> FRACTION
     return jnp.moveaxis(y, -1, axis)
 

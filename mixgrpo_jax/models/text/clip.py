@@ -32,46 +32,47 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _norm(theirs: str, ours: str) -> list[Rule]:
+def norm(theirs: str, ours: str) -> list[Rule]:
+    """Rules of a layer norm."""
     return [Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")]
 
 
-def table(prefix: str = PREFIX) -> list[Rule]:
-    """Rules from transformers' tensors to parameters; `prefix` stands before the names of the encoder's tensors."""
+def block_table(prefix: str) -> list[Rule]:
+    """Rules of a tower's blocks; `prefix` stands before transformers' names of its tensors."""
     block = f"{prefix}encoder.layers.{{i}}"
     return [
-        Rule(f"{prefix}embeddings.token_embedding.weight", "embedding"),
-        Rule(f"{prefix}embeddings.position_embedding.weight", "positions"),
-        *_norm(f"{block}.layer_norm1", "blocks/attention_norm"),
+        *norm(f"{block}.layer_norm1", "blocks/attention_norm"),
         *linear(f"{block}.self_attn.q_proj", "blocks/q"),
         *linear(f"{block}.self_attn.k_proj", "blocks/k"),
         *linear(f"{block}.self_attn.v_proj", "blocks/v"),
         *linear(f"{block}.self_attn.out_proj", "blocks/attention_out"),
-        *_norm(f"{block}.layer_norm2", "blocks/mlp_norm"),
+        *norm(f"{block}.layer_norm2", "blocks/mlp_norm"),
         *linear(f"{block}.mlp.fc1", "blocks/mlp_in"),
         *linear(f"{block}.mlp.fc2", "blocks/mlp_out"),
-        *_norm(f"{prefix}final_layer_norm", "final_norm"),
+    ]
+
+
+def table(prefix: str = PREFIX) -> list[Rule]:
+    """Rules from transformers' tensors to parameters; `prefix` stands before the names of the encoder's tensors."""
+    return [
+        Rule(f"{prefix}embeddings.token_embedding.weight", "embedding"),
+        Rule(f"{prefix}embeddings.position_embedding.weight", "positions"),
+        *block_table(prefix),
+        *norm(f"{prefix}final_layer_norm", "final_norm"),
         *linear("text_projection", "text_projection", bias=False),
     ]
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
-    """Sizes of a CLIP text encoder, named as in transformers' config.json.
+class TowerConfig:
+    """Sizes that CLIP's text and image encoders share, named as in transformers' config.json."""
 
-    `projection_dim` is None for an encoder without a projection of its pooled vector, as FLUX.1's.
-    """
-
-    vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
-    projection_dim: int | None = None
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -80,6 +81,22 @@ class CLIPTextConfig:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(TowerConfig):
+    """Sizes of a CLIP text encoder, named as in transformers' config.json.
+
+    `projection_dim` is None for an encoder without a projection of its pooled vector, as FLUX.1's.
+    """
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+    projection_dim: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(f"eos_token_id={self.eos_token_id} must be an id below vocab_size={self.vocab_size}")
 
@@ -120,7 +137,7 @@ class LayerNorm(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block of CLIP's towers; `bias` [1, 1, S, S] is added to the attention's logits."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
         d, d_ff = config.hidden_size, config.intermediate_size
         # What is added to the residual stream is scaled down with depth.
         residual = normal((2 * config.num_hidden_layers * d) ** -0.5)
@@ -140,13 +157,23 @@ class Block(nnx.Module):
         return x + self.mlp_out(ACTIVATIONS[self.activation](self.mlp_in(self.mlp_norm(x))))
 
 
+def make_blocks(config: TowerConfig, rngs: nnx.Rngs) -> Block:
+    """A tower's blocks, stacked along the first axis of their parameters."""
+    keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+    return jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
+
+
+def apply_blocks(blocks: Block, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """The stacked blocks one after the other: [B, S, D] -> [B, S, D]."""
+    return jax.lax.scan(lambda x, block: (block(x, bias), None), x, blocks)[0]
+
+
 class _Encoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         d = config.hidden_size
-        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.blocks = make_blocks(config, rngs)
         self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, d), jnp.float32))
         self.positions = nnx.Param(normal(0.01)(rngs.params(), (config.max_position_embeddings, d), jnp.float32))
-        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
         self.final_norm = LayerNorm(d, eps=config.layer_norm_eps)
         projection = functools.partial(Linear, d, bias=False, init=normal(d**-0.5), rngs=rngs)
         self.text_projection = projection(config.projection_dim) if config.projection_dim else None
@@ -154,8 +181,7 @@ class _Encoder(nnx.Module):
     def __call__(self, tokens, ends, dtype):
         bias = jnp.where(np.tri(tokens.shape[1], dtype=bool), 0.0, -jnp.inf)[None, None]
         x = (self.embedding[...][tokens] + self.positions[...][: tokens.shape[1]]).astype(dtype)
-        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
-        features = self.final_norm(x)
+        features = self.final_norm(apply_blocks(self.blocks, x, bias))
         pooled = features[jnp.arange(len(ends)), ends]
         return features, self.text_projection(pooled) if self.text_projection else pooled
 
