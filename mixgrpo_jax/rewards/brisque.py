@@ -157,9 +157,8 @@ def _halved(x: jax.Array) -> jax.Array:
         padding = [(0, 0)] * 3
         padding[axis] = (1, 2)
         padded = jnp.pad(x, padding, mode="edge")
-        x = sum(
-            w * jax.lax.slice_in_dim(padded, i, i + 2 * length - 1, stride=2, axis=axis) for i, w in enumerate(HALVE)
-        )
+        halves = (jax.lax.slice_in_dim(padded, i, i + 2 * length - 1, stride=2, axis=axis) for i in range(len(HALVE)))
+        x = functools.reduce(jnp.add, (w * half for w, half in zip(HALVE, halves)))
     return x
 
 

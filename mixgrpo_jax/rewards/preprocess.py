@@ -27,7 +27,7 @@ def preprocess(
 
     The resize is antialiased, as PIL's is: when shrinking, the kernel is widened by the ratio of the sizes. The cubic
     kernel is Keys' with a = -1/2. PIL resizes the width and then the height, and holds bytes after each, rounded and
-    clipped; `rounded` does the same (Pillow 13 starts with the height of a picture that shrinks far more that way).
+    clipped; `rounded` does the same (Pillow 13 starts with the height of a picture far taller than wide).
     Where the margin to crop is odd, the extra pixel is cut at the bottom or right.
 
     Args:

@@ -72,7 +72,7 @@ def tokens(folder, prompts=PROMPTS):
     return image_reward.tokenize(image_reward.load_tokenizer(folder, CONFIG), prompts)
 
 
-@pytest.mark.parametrize("size", [(50, 71), (90, 40), (20, 24)])
+@pytest.mark.parametrize("size", [(50, 71), (90, 60), (20, 24)])
 def test_scores_are_those_of_the_equations_on_pils_pictures(folder, reward, size):
     images = pictures(*size)
     ids, mask = tokens(folder)

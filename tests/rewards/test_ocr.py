@@ -99,7 +99,8 @@ def test_the_device_reads_what_the_host_reads(count):
         assert ocr.read_on_device(batch) == ocr.read(batch)
         (expected,) = session.run(None, {"x": ocr._preprocess(batch)})
         probabilities = jax.nn.softmax(ocr._logits(*ocr.device_network(), batch))
-        np.testing.assert_allclose(probabilities, expected, atol=1e-4)
+        difference = np.abs(probabilities - expected)
+        assert difference.max() < 2e-3 and difference.mean() < 1e-8
 
 
 def test_the_device_scores_as_the_host_does():
@@ -123,7 +124,7 @@ def test_dense_tells_misread_pictures_apart():
     mixed = [np.uint8(np.clip((1 - s) * images + s * (128 + 128 * noise), 0, 255)) for s in (0.0, 0.3, 0.6, 1.0)]
     dense = [np.asarray(REWARDS["ocr_dense"]().score(x, [], metadata)) for x in mixed]
     assert (np.diff(np.mean(dense, axis=1)) < -0.1).all()
-    assert len(set(dense[-1])) == BATCH and ocr.score(mixed[-1], [], metadata).max() < 0.5
+    assert len(set(dense[-1])) == BATCH and ocr.score(mixed[-1], [], metadata).mean() < 0.1
 
 
 def test_dense_has_the_gradient_of_its_values():
