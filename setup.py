@@ -23,6 +23,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "transformers>=5",
+        "ftfy",  # as open_clip cleans prompts
         "ml_collections>=1.1",
         "tensorflow-datasets>=4.9.10",
         "clu>=0.0.12",

@@ -3,7 +3,8 @@
     python -m mixgrpo_jax.encode --source=CHECKPOINT --prompts=prompts.txt --target=FEATURES
 
 CHECKPOINT is FLUX.1-dev's folder in diffusers' layout, FEATURES holds the prompts' cached features: 4 MB a prompt with
-all 512 positions. Hardware: the paper's run had 32 GPUs of 80 GB, one prompt each.
+all 512 positions. The rewards' files are those of their releases. Hardware: the paper's run had 32 GPUs of 80 GB, one
+prompt each.
 """
 
 from mixgrpo_jax import config as configs
@@ -24,8 +25,14 @@ def get_config():
     config.batch.prompts, config.batch.group = 32, 12
     config.batch.updates, config.batch.micro_batch = 4, 32  # one sample a device and pass
     config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 25, 4, 25
-    config.rewards = dict(ocr=1.0)  # the paper adds HPS-v2.1, ImageReward and PickScore, with equal weights
+    config.rewards = dict(hps=1.0, image_reward=1.0, pickscore=1.0)
     config.watched = ()
+    clip = dict(tokenizer="checkpoints/clip-vit-large-patch14")
+    config.reward_options = dict(
+        hps=dict(clip, weights="checkpoints/HPS_v2.1_compressed.pt"),
+        image_reward=dict(weights="checkpoints/ImageReward.pt", tokenizer="checkpoints/bert-base-uncased"),
+        pickscore=dict(clip, weights="checkpoints/PickScore_v1", normalise="mixgrpo"),
+    )
     config.mesh.fsdp, config.mesh.data = -1, 1
     config.evaluation.prompts, config.evaluation.batch = 64, 32
     config.evaluation.num_steps, config.evaluation.shift = 50, 0.0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mixgrpo_jax.models import clip, open_clip
 from mixgrpo_jax.models.clip import CLIPConfig
 from mixgrpo_jax.models.torch_io import read_weights
-from mixgrpo_jax.rewards.clip_text import Tokenize, load_tokenizer, open_clip_cleaner
+from mixgrpo_jax.rewards.clip_text import Tokenize, load_tokenizer, mended
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import Options, build
 from mixgrpo_jax.rewards.preprocess import preprocess
@@ -63,7 +63,6 @@ def hps(weights: File, tokenizer: File, *, config: CLIPConfig | None = None, **o
 
     Raises:
         ValueError: weights or a tokenizer that do not fit, or a probe that fails.
-        ImportError: without ftfy.
     """
     score = Similarity(config or clip.clip_h14(), rounded=False, dtype=options.get("dtype", jnp.bfloat16))
     return _build("hps", score, weights, _open_clip_tokenizer(tokenizer, score), options)
@@ -120,7 +119,6 @@ def clipscore(
 
     Raises:
         ValueError: an unknown model, weights or a tokenizer that do not fit, or a probe that fails.
-        ImportError: "dfn" without ftfy.
     """
     dtype = options.get("dtype", jnp.bfloat16)
     if model == "dfn":
@@ -141,7 +139,7 @@ def load_params(weights: File, config: CLIPConfig, options: Options, parts: Sequ
 
 
 def _open_clip_tokenizer(folder: File, score: Similarity) -> Tokenize:
-    return load_tokenizer(folder, score.config.text, open_clip_cleaner())
+    return load_tokenizer(folder, score.config.text, mended)
 
 
 def _build(name: str, score: Similarity, weights: File, tokenize: Tokenize, options: Options) -> Reward:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import transformers
 
@@ -51,14 +52,6 @@ def load_tokenizer(
     return tokenize
 
 
-def open_clip_cleaner() -> Callable[[str], str]:
-    """What open_clip does to text before: broken encodings and curly quotes mended, HTML's entities resolved.
-
-    Raises:
-        ImportError: if ftfy, which it does the first with, is not installed.
-    """
-    try:
-        import ftfy
-    except ImportError as error:
-        raise ImportError("open_clip's text cleaning needs ftfy, which is not installed: pip install ftfy") from error
-    return lambda text: html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+def mended(text: str) -> str:
+    """What open_clip does to text before: broken encodings and curly quotes mended, HTML's entities resolved."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
