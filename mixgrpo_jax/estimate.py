@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from mixgrpo_jax import ahead
 from mixgrpo_jax import config as configs
@@ -76,7 +77,8 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations, "notes": notes(settings, mesh)}
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
     result["seconds_per_iteration"] = {}
-    for phase, lowered in phases.items():
+    for phase, lowered in (progress := tqdm(phases.items(), desc="compile")):
+        progress.set_postfix_str(phase)
         compiled, asked = ahead.compile_phase(lowered)
         sizes = {"total": asked} if compiled is None else ahead.memory(phase, compiled, resident)
         result["bytes_per_device"][phase] = sizes
