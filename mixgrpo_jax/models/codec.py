@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from mixgrpo_jax.models import flux, vae
+from mixgrpo_jax.models import flux, placement, vae
 
 
 class Codec(Protocol):
@@ -95,7 +95,11 @@ class VAECodec:
     def decode(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
         rows, cols = self.grid
-        return _bytes(vae.decode(self.config, params, flux.unpack(tokens, 2 * rows, 2 * cols), self.dtype))
+
+        def decode(tokens: Array) -> Array:
+            return _bytes(vae.decode(self.config, params, flux.unpack(tokens, 2 * rows, 2 * cols), self.dtype))
+
+        return placement.one_by_one(decode, tokens)
 
 
 def _check_divides(image_size: tuple[int, int], sides: tuple[int, int]) -> None:

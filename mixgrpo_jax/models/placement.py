@@ -1,9 +1,11 @@
 """Where activations lie on a mesh."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +28,15 @@ def spread(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, P(*spec, *rest))
 
     return tree if mesh.empty else jax.tree.map(place, tree)
+
+
+def one_by_one(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` of samples [B, ...], one of each device's at a time: it holds no more than one needs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape[axis] for axis in dividing(mesh, BATCH_AXES, len(x)))
+    turns = jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0)
+    y = jax.lax.map(lambda samples: function(spread(samples)), turns)
+    return jnp.moveaxis(y, 0, 1).reshape(len(x), *y.shape[2:])
 
 
 def dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:

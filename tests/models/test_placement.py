@@ -11,7 +11,7 @@ from mixgrpo_jax.models.placement import spread
 ON_EIGHT = """
 import functools
 import jax, jax.numpy as jnp
-from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.models import flux, placement, policy
 from mixgrpo_jax.runtime import hlo, mesh as meshes
 mesh = meshes.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
 config = flux.flux_small()
@@ -28,10 +28,24 @@ with jax.set_mesh(mesh):
     lowered = jax.jit(apply).lower(params, array(24, 96), array(12, 128), array(128))
 cost = hlo.cost(lowered.compile().as_text())
 print(8 * cost.flops / (16 * flux.flops(config, 24, 12)))
+
+seen = []
+def square(x):
+    seen.append(len(x))
+    return x * x
+
+x = jnp.arange(72.0).reshape(24, 3)
+with jax.set_mesh(mesh):
+    decode = jax.jit(functools.partial(placement.one_by_one, square), out_shardings=meshes.batch_sharding(mesh, 24))
+    compiled = decode.lower(jax.device_put(x, meshes.batch_sharding(mesh, 24))).compile()
+    for n in (24, 7):  # that divide over the devices, or not
+        assert (jax.jit(functools.partial(placement.one_by_one, square))(x[:n]) == x[:n] ** 2).all()
+assert seen == [8, 8, 1], seen
+assert not hlo.cost(compiled.as_text()).collectives
 """
 
 
-def test_each_device_computes_its_own_samples():
+def test_each_device_computes_its_own_samples_and_may_take_them_one_by_one():
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT], env=os.environ | environment, capture_output=True, text=True
