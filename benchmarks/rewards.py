@@ -4,18 +4,26 @@
     python -m benchmarks.rewards --pictures=64 --repetitions=5
 
 The ways are interleaved (each once, then each again), and compared within a run of this program only. What a way takes
-includes everything between a batch of pictures and their scores. To compare another model, add it to `MODELS`.
+includes everything between a batch of pictures and their scores or embeddings. To compare another model, add it to `MODELS`.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
+import torch
+import transformers
 from absl import app, flags
 
 from mixgrpo_jax.data import signs
+from mixgrpo_jax.models import clip
+from mixgrpo_jax.models.vision import clip as vision
 from mixgrpo_jax.rewards import ocr
+from mixgrpo_jax.rewards.preprocess import MEAN, STD, preprocess
 
 _MODELS = flags.DEFINE_list("models", None, "Names of reward models; all by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 192, "Pictures a batch: by default, 16 prompts with groups of 12.")
@@ -43,7 +51,33 @@ def ocr_ways(count: int) -> Ways:
     }
 
 
-MODELS: dict[str, Callable[[int], Ways]] = {"ocr": ocr_ways}
+def hps_ways(count: int) -> Ways:
+    """HPS-v2.1's image tower, ViT-H/14 at 224 pixels with random weights in fp32, on pictures of 512 pixels."""
+    config = clip.clip_h14().vision
+    images = np.random.default_rng(0).integers(0, 256, (count, 512, 512, 3), np.uint8)
+    params = jax.jit(vision.init, static_argnums=0)(config, jax.random.key(0))
+    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**dataclasses.asdict(config)))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+
+    @jax.jit
+    def embed(params: Any, images: jax.Array) -> jax.Array:
+        return vision.apply(config, params, preprocess(images, config.image_size, rounded=False))
+
+    @torch.inference_mode()
+    def by_torch(images: np.ndarray) -> torch.Tensor:
+        pixels = torch.tensor(images).permute(0, 3, 1, 2) / 255
+        resized = torch.nn.functional.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)
+        return model(pixel_values=(resized - mean) / std).image_embeds
+
+    return {
+        "JAX": lambda: jax.block_until_ready(embed(params, images)),
+        "PyTorch": lambda: by_torch(images),
+        "PyTorch, one at a time": lambda: [by_torch(image[None]) for image in images],
+    }
+
+
+# With the share of a batch's pictures that is enough to time it on a CPU.
+MODELS: dict[str, tuple[Callable[[int], Ways], float]] = {"ocr": (ocr_ways, 1.0), "hps": (hps_ways, 1 / 24)}
 
 
 def seconds(way: Callable[[], object]) -> float:
@@ -55,7 +89,9 @@ def seconds(way: Callable[[], object]) -> float:
 
 def rows(model: str, count: int, repetitions: int) -> list[str]:
     """One row a way: its first call, its median, and the ratio of each repetition's seconds to ours."""
-    ways = MODELS[model](count)
+    make, share = MODELS[model]
+    count = max(1, round(count * share))
+    ways = make(count)
     first = {name: seconds(way) for name, way in ways.items()}
     rounds = [{name: seconds(way) for name, way in ways.items()} for _ in range(repetitions)]
     ours = next(iter(ways))
@@ -64,7 +100,7 @@ def rows(model: str, count: int, repetitions: int) -> list[str]:
         median = statistics.median(times[name] for times in rounds)
         ratios = sorted(times[name] / times[ours] for times in rounds)
         result.append(
-            f"| {model} | {name} | {first[name]:.1f} | {median:.2f} | {count / median:.1f} "
+            f"| {model} | {name} | {count} | {first[name]:.1f} | {count / median:.2f} "
             f"| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
         )
     return result
@@ -72,7 +108,7 @@ def rows(model: str, count: int, repetitions: int) -> list[str]:
 
 def main(_):  # noqa: D103
     lines = [
-        "| model | way | first call, s | s a batch | pictures a second | s, ours = 1 (range) |",
+        "| model | way | pictures | first call, s | pictures a second | s, ours = 1 (range) |",
         "|---|---|---|---|---|---|",
     ]
     for model in _MODELS.value or MODELS:
