@@ -4,7 +4,8 @@
     python -m benchmarks.rewards --pictures=64 --repetitions=5
 
 The ways are interleaved (each once, then each again), and compared within a run of this program only. What a way takes
-includes everything between a batch of pictures and their scores or embeddings. To compare another model, add it to `MODELS`.
+includes everything between a batch of pictures and their scores or embeddings. To compare another model, add it to
+`MODELS`.
 """
 
 import dataclasses
