@@ -6,6 +6,9 @@
 Compiles the run's own programs for the slice, with shapes in place of weights; minutes for a large model. Where
 model.folder is not there, the sizes are those of `--architecture`. A config that does not fit is tried on larger slices
 of the kind; `--smallest` looks for the smallest of every kind that does. `--json=FILE` writes the figures down.
+
+The environment variable JAX_OPTIMIZATION_LEVEL=O1 makes the compiler try less: of FLUX.1-dev's run it takes 4 minutes
+in place of 15 on one core, with the same FLOPs and transfers, and with temporaries that are a tenth more or less.
 """
 
 import contextlib
