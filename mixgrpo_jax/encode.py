@@ -3,6 +3,10 @@
     python -m mixgrpo_jax.encode --source=FLUX.1-dev --prompts=prompts.txt --target=data/hpd
     python -m mixgrpo_jax.train --config=configs/flux_dev_mixgrpo.py --config.data.folder=data/hpd --workdir=runs/flux
 
+Prompts are a .txt file (a prompt a line), a .jsonl file (an object a line, whose other fields reach the rewards), a
+folder of splits as GenEval and flow_grpo have them (train.txt, test_metadata.jsonl, ...), or tfds:NAME/split. They may
+be filtered: `--min_words=6 --characters=' -~' --drop_words=words.txt`.
+
 The source is a folder as diffusers lays it out, with text_encoder_2/ (T5) and tokenizer_2/, and for FLUX.1 also
 text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in bfloat16. A prompt of FLUX.1-dev
 takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for padding, because FLUX attends to that too: 50,000 prompts are
@@ -34,7 +38,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 from mixgrpo_jax.data import features as store
+from mixgrpo_jax.data import filters as prompt_filters
 from mixgrpo_jax.data import prompts as prompt_sources
+from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts
@@ -55,6 +61,7 @@ def encode(
     *,
     split: str = "train",
     field: str = "prompt",
+    filters: Filters = Filters(),  # noqa: B008  (it is frozen)
     max_length: int | None = None,
     padding: str = "keep",
     batch: int = 32,
@@ -64,10 +71,11 @@ def encode(
 
     Args:
         source: folder with the text encoders; "" is the checkpoint that ships with the package.
-        prompts: a .txt or .jsonl file, or "tfds:NAME/split"; see `data.prompts.read`.
+        prompts: a .txt or .jsonl file, a folder of splits, or "tfds:NAME/split"; see `data.prompts.read`.
         target: folder of the data set. It may hold other splits from the same encoders.
-        split: name of the split.
+        split: name of the split; of a folder of prompts, also the split that is read.
         field: the field of the prompts' objects that holds the prompt.
+        filters: which prompts are kept.
         max_length: T5 tokens of a prompt, padding included; by default the tokenizer's own, 512 for FLUX.1-dev.
         padding: "keep" or "drop" the features of padding.
         batch: prompts encoded at a time, over all local devices.
@@ -79,7 +87,7 @@ def encode(
     """
     folder = pathlib.Path(source).expanduser() if source else policies.SHIPPED
     check_batch(batch)
-    rows = prompt_sources.read(prompts, field)
+    rows = filters.apply(prompt_sources.read(prompts, field, split))
     parts, params = load_encoders(folder)
     length = token_limit(parts, max_length)
     lengths = count_tokens(parts, [row.text for row in rows], length)
@@ -260,6 +268,7 @@ def main(_):  # noqa: D103
         _TARGET.value,
         split=_SPLIT.value,
         field=_FIELD.value,
+        filters=Filters(**{name: flags.FLAGS[name].value for name in prompt_filters.NAMES}),
         max_length=_MAX_LENGTH.value,
         padding=_PADDING.value,
         batch=_BATCH.value,
@@ -269,10 +278,16 @@ def main(_):  # noqa: D103
 
 if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string("source", "", "Folder with the text encoders; '' is the shipped checkpoint.")
-    _PROMPTS = flags.DEFINE_string("prompts", None, "A .txt or .jsonl file, or tfds:NAME/split.", required=True)
+    _PROMPTS = flags.DEFINE_string("prompts", None, f"{prompt_sources.SOURCES}.", required=True)
     _TARGET = flags.DEFINE_string("target", None, "Folder of the data set.", required=True)
     _SPLIT = flags.DEFINE_string("split", "train", "Name of the split.")
     _FIELD = flags.DEFINE_string("field", "prompt", "The field that holds the prompt.")
+    for unit in ("characters", "words"):
+        flags.DEFINE_integer(f"min_{unit}", 0, f"Shorter prompts are dropped, in {unit}.")
+        flags.DEFINE_integer(f"max_{unit}", 0, f"Longer prompts are dropped, in {unit}; 0 is no limit.")
+    flags.DEFINE_string("characters", "", "Those that a prompt may have, as in a regular expression's brackets: ' -~'.")
+    flags.DEFINE_string("drop_words", "", "File with a word or phrase a line; prompts with one of them are dropped.")
+    flags.DEFINE_string("keep_words", "", "Such a file; prompts with none of them are dropped.")
     _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "T5 tokens of a prompt; by default the tokenizer's own.")
     _PADDING = flags.DEFINE_enum("padding", "keep", store.PADDING, "What becomes of the features of padding.")
     _BATCH = flags.DEFINE_integer("batch", 32, "Prompts encoded at a time, over all local devices.")

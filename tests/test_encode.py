@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mixgrpo_jax import encode as command
 from mixgrpo_jax.data import features, signs
+from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models.policy import SHIPPED
 from mixgrpo_jax.models.text import clip, t5
+from mixgrpo_jax.rewards import Reward, score_all
 
 LENGTH, CLIP_LENGTH = 12, 10
 T5 = t5.t5_tiny(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)
@@ -198,12 +200,47 @@ def test_without_clip_the_mean_of_the_tokens_is_pooled_and_a_shorter_length_cuts
         np.testing.assert_allclose(pooled.astype(np.float32), row[:length].mean(0), atol=0.02)
 
 
-def test_json_lines_metadata_reaches_the_elements(source, tmp_path):
-    records = [{"caption": text, "tag": "t", "include": [{"class": i}]} for i, text in enumerate(SIGNS[:3])]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
-    encode(source, str(tmp_path / "p.jsonl"), tmp_path / "out", split="test", field="caption", **SIZES)
-    dataset = features.load("test", tmp_path / "out")
-    assert [element["metadata"] for element in dataset] == [{"tag": "t", "include": [{"class": i}]} for i in range(3)]
+METADATA = {
+    "tag": "counting",
+    "include": [{"class": "fox", "count": 2, "position": ["left of", 0]}, {"class": "ein Löwe 狮"}],
+    "exclude": [],
+    "nested": {"b": {"z": None, "a": True}, "a": 1},
+    "numbers": [0, -1, 2**63, 0.1, 1e-300, 1.0],
+    "": 'quotes " and \\ and \u2028',
+}
+
+
+def test_metadata_reach_a_reward_as_the_file_has_them(source, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    records = [{"prompt": text, "id": i} | METADATA for i, text in enumerate(SIGNS[:3])]
+    (tmp_path / "dataset" / "test_metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    encode(source, str(tmp_path / "dataset"), tmp_path / "out", split="test", **SIZES)
+    batch = features.batches(features.load("test", tmp_path / "out"), 0, 3)[1]
+
+    def score(images, prompts, metadata):
+        for prompt, found in zip(prompts, metadata):
+            i = SIGNS.index(prompt)
+            assert json.dumps(found) == json.dumps({"id": i} | METADATA)  # of the same types, in the same order
+        return np.array([m["id"] for m in metadata])
+
+    scores = score_all([Reward("ids", "host", score)], np.zeros((3, 2, 2, 3)), batch["prompt"], batch["metadata"])
+    assert sorted(scores["ids"]) == [0, 1, 2]
+
+
+def test_the_prompt_may_be_in_another_field(source, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"caption": SIGNS[0], "prompt": 3}))
+    encode(source, str(tmp_path / "p.jsonl"), tmp_path / "out", field="caption", **SIZES)
+    (element,) = features.load("train", tmp_path / "out")
+    assert element["prompt"] == SIGNS[0] and element["metadata"] == {"prompt": 3}
+
+
+def test_what_filters_drop_is_not_encoded(source, prompts, tmp_path, capsys):
+    encode(source, prompts, tmp_path, filters=Filters(min_words=8), **SIZES)
+    kept = [prompt for prompt in PROMPTS if len(prompt.split()) >= 8]
+    assert 0 < len(kept) < len(PROMPTS) and stacked(tmp_path)["prompt"] == kept
+    assert f"{len(kept)} of {len(PROMPTS)} prompts are kept" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"manifest-train\.json has prompts="):
+        encode(source, prompts, tmp_path, **SIZES)
 
 
 def test_an_interrupted_command_leaves_whole_shards_and_goes_on_to_the_same_bytes(

@@ -1,4 +1,4 @@
-"""Prompts from a text file, a JSON-lines file or a TFDS data set, in their order, duplicates included."""
+"""Prompts from a file, a folder of splits or a TFDS data set, in their order, duplicates included."""
 
 import hashlib
 import json
@@ -10,6 +10,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 TFDS = "tfds:"
+SOURCES = "a .txt or .jsonl file, a folder of splits, or tfds:NAME/split"
+# What a folder calls a split: as flow_grpo's data sets do, plainly, and as GenEval's repository does.
+SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
+GENEVAL, GENEVAL_SPLIT = "prompts/evaluation_metadata.jsonl", "test"
 
 
 class Prompt(NamedTuple):
@@ -19,19 +23,22 @@ class Prompt(NamedTuple):
     metadata: dict[str, Any]
 
 
-def read(source: str, field: str = "prompt") -> list[Prompt]:
+def read(source: str, field: str = "prompt", split: str = "train") -> list[Prompt]:
     """The prompts of a source; a prompt's id is its position.
 
     Args:
-        source: a .txt file with a prompt a line; a .jsonl file with an object a line; or "tfds:NAME/split", where NAME
-            is a registered data set or a folder that TFDS wrote. A split may be a slice, "train[:1000]".
+        source: a .txt file with a prompt a line; a .jsonl file with an object a line; a folder that holds such files
+            by split; or "tfds:NAME/split", where NAME is a registered data set or a folder that TFDS wrote, and split
+            may be a slice, "train[:1000]".
         field: the objects' field that holds the prompt; the other fields are the prompt's metadata. Of a TFDS data set,
             only scalars (text, numbers, labels) are.
+        split: of a folder, the split that is read. It is one of the files SPLIT_metadata.jsonl, SPLIT.jsonl and
+            SPLIT.txt; the split "test" may also be prompts/evaluation_metadata.jsonl, GenEval's own.
 
     Raises:
         ValueError: no such source, no prompts in it, or a prompt that is missing, empty or not text, by its line.
     """
-    prompts = [_prompt(where, record, field) for where, record in _records(source, field)]
+    prompts = [_prompt(where, record, field) for where, record in _records(source, field, split)]
     if not prompts:
         raise ValueError(f"prompts={source!r} holds no prompt")
     return prompts
@@ -45,18 +52,30 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return sha.hexdigest()
 
 
-def _records(source: str, field: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _records(source: str, field: str, split: str) -> Iterable[tuple[str, dict[str, Any]]]:
     """(where it stands, {field: prompt, ...}) of every prompt."""
     if source.startswith(TFDS):
         return _from_tfds(source, field)
     path = Path(source).expanduser()
+    if path.is_dir():
+        path = _split_file(path, split)
     if not path.is_file():
-        raise ValueError(f"prompts={source!r} is no file; give a .txt or .jsonl file, or tfds:NAME/split")
+        raise ValueError(f"prompts={source!r} is not there; give {SOURCES}")
     if path.suffix == ".txt":
         return ((where, {field: line.strip()}) for where, line in _lines(path))
     if path.suffix == ".jsonl":
         return ((where, _object(where, line)) for where, line in _lines(path))
-    raise ValueError(f"prompts={source!r} ends in {path.suffix!r}; give a .txt or .jsonl file, or tfds:NAME/split")
+    raise ValueError(f"prompts={source!r} ends in {path.suffix!r}; give {SOURCES}")
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    names = [name.format(split) for name in SPLIT_FILES] + [GENEVAL] * (split == GENEVAL_SPLIT)
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"prompts={str(folder)!r} has no split {split!r}: none of {', '.join(names)} is in the folder")
+    if len(found) > 1:
+        raise ValueError(f"prompts={str(folder)!r} has {' and '.join(found)} for the split {split!r}: name one of them")
+    return folder / found[0]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

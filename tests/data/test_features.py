@@ -2,6 +2,7 @@ import dataclasses
 import json
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from mixgrpo_jax.data import features
 from mixgrpo_jax.data.features import Manifest, Split
+from mixgrpo_jax.runtime import distributed
 
 WIDTH, POOLED, LENGTH = 6, 3, 5
 MANIFEST = Manifest("s", "p", 10, 4, LENGTH, "keep", WIDTH, POOLED)
@@ -183,6 +185,40 @@ def test_every_epoch_is_a_new_permutation(tmp_path):
     epochs = [[m["i"] for k in range(2) for m in batches[2 * epoch + k]["metadata"]] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_an_epoch_has_every_prompt_once_also_where_batches_do_not_divide_it(tmp_path):
+    write(tmp_path)
+    batches = features.batches(features.load("train", tmp_path), 0, 4)
+    read = [m["i"] for k in range(10) for m in batches[k]["metadata"]]
+    epochs = [read[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_hosts_agree_on_the_batch_and_share_its_rows(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    epoch = []
+    for k in range(2):
+        drawn, scored = [], []
+        for process in range(2):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            batch = features.batches(features.load("train", tmp_path), 0, 5)[k]  # each host has opened it anew
+            drawn.append([m["i"] for m in batch["metadata"]])
+            scored += [batch["metadata"][row]["i"] for row in distributed._own_rows(np.zeros(5))[0]]
+        assert drawn[0] == drawn[1] and sorted(scored) == sorted(drawn[0])
+        epoch += scored
+    assert sorted(epoch) == list(range(10))
+
+
+def test_a_run_that_starts_again_reads_on_where_it_stopped(tmp_path):
+    write(tmp_path)
+    straight = features.batches(features.load("train", tmp_path), 3, 4)
+    read = [straight[k]["metadata"] for k in range(8)]
+    for stop in (1, 5):
+        resumed = features.batches(features.load("train", tmp_path), 3, 4)
+        assert [resumed[k]["metadata"] for k in range(stop, 8)] == read[stop:]
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):

@@ -67,6 +67,46 @@ def test_a_registered_tfds_data_set_is_built_and_may_be_sliced(tmp_path, monkeyp
     assert all(prompt.text in prompt.metadata["prompt"] for prompt in whole)
 
 
+GENEVAL_LINE = {"tag": "two_object", "include": [{"class": "fox", "count": 1}], "exclude": [], "prompt": "a fox"}
+
+
+@pytest.mark.parametrize(
+    "file, split",
+    [
+        ("prompts/evaluation_metadata.jsonl", "test"),  # GenEval's repository
+        ("test_metadata.jsonl", "test"),  # flow_grpo's GenEval
+        ("train_metadata.jsonl", "train"),
+        ("train.jsonl", "train"),
+    ],
+)
+def test_a_folder_of_json_lines_is_read_by_split(tmp_path, file, split):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    write(tmp_path / file, json.dumps(GENEVAL_LINE) + "\n")
+    metadata = {key: GENEVAL_LINE[key] for key in ("tag", "include", "exclude")}
+    assert prompts.read(str(tmp_path), split=split) == [Prompt("a fox", metadata)]
+    other = {"train": "test", "test": "train"}[split]
+    with pytest.raises(
+        ValueError, match=rf"has no split '{other}': none of {other}_metadata\.jsonl.* is in the folder"
+    ):
+        prompts.read(str(tmp_path), split=other)
+
+
+def test_a_folder_of_text_files_is_read_by_split(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.txt", f"a {split} of one\na {split} of two\n")
+        assert [p.text for p in prompts.read(str(tmp_path), split=split)] == [
+            f"a {split} of {n}" for n in ("one", "two")
+        ]
+
+
+def test_a_folder_with_two_files_for_a_split_is_ambiguous(tmp_path):
+    write(tmp_path / "train.txt", "a fox\n")
+    write(tmp_path / "train_metadata.jsonl", json.dumps(GENEVAL_LINE))
+    with pytest.raises(ValueError, match=r"has train_metadata\.jsonl and train\.txt for the split 'train': name one"):
+        prompts.read(str(tmp_path))
+    assert len(prompts.read(str(tmp_path / "train.txt"))) == 1
+
+
 def test_the_digest_tells_text_metadata_and_order_apart():
     two = [Prompt("a", {"n": 1}), Prompt("b", {})]
     others = [two[::-1], two[:1], [Prompt("a", {"n": 2}), two[1]], [Prompt("a", {}), two[1]]]
@@ -95,7 +135,7 @@ def test_what_is_no_prompt_is_refused_by_its_line(tmp_path, name, text, message)
 
 
 def test_sources_that_are_not_there_are_named(signs_folder):
-    with pytest.raises(ValueError, match=r"prompts='nowhere\.txt' is no file"):
+    with pytest.raises(ValueError, match=r"prompts='nowhere\.txt' is not there; give a \.txt"):
         prompts.read("nowhere.txt")
     with pytest.raises(ValueError, match="names no split"):
         prompts.read("tfds:signs")
