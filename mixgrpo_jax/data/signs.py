@@ -7,7 +7,6 @@ at the colours. The test split holds numbers and colour pairs that training neve
 
 import functools
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ import grain
 import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
-import tokenizers
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
+
+from mixgrpo_jax.data import rendered
+from mixgrpo_jax.data.rendered import batches as batches
+from mixgrpo_jax.data.rendered import collate as collate
 
 HEIGHT, WIDTH = 16, 48
 NOISE = 130.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
@@ -82,8 +84,7 @@ def photograph(sign: Sign, rng: np.random.Generator) -> np.ndarray:
     The recognition network misreads many such pictures, so a model that draws what the data show is no better, and one
     that learns from rewards can be.
     """
-    noise = rng.uniform(0, NOISE) * rng.standard_normal((HEIGHT, WIDTH, 3))
-    return np.clip(np.rint(render(sign) + noise), 0, 255).astype(np.uint8)
+    return rendered.noisy(render(sign), NOISE, rng)
 
 
 def _coverage(number: str) -> np.ndarray:
@@ -120,9 +121,7 @@ def numbers(split: str, length: int) -> list[str]:
 
 def sample_signs(split: str, count: int, seed: int = 0) -> list[Sign]:
     """`count` signs drawn from the numbers and colour pairs of `split` ("train" or "test"); a pure function."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} is unknown: use 'train' or 'test'")
-    rng = np.random.default_rng([seed, split == "test"])
+    rng = rendered.generator(seed, split)
     pairs = TEST_PAIRS if split == "test" else TRAIN_PAIRS
     by_length = [numbers(split, length) for length in range(1, len(LENGTH_WEIGHTS) + 1)]
     weights = np.array(LENGTH_WEIGHTS) * [len(options) > 0 for options in by_length]
@@ -134,38 +133,23 @@ def _pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
-@dataclass(eq=False, kw_only=True)
-class SignsConfig(tfds.core.BuilderConfig):
+class SignsConfig(rendered.Sizes):
     """How many signs each split holds, and the seed that draws them."""
 
-    train: int = 20_000
-    test: int = 512
-    seed: int = 0
 
-
-class Signs(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the rendered signs; writes array_record, and needs no TensorFlow."""
+class Signs(rendered.Rendered):
+    """TFDS builder of the rendered signs."""
 
     VERSION = tfds.core.Version("1.1.0")
-    url_infos = None  # nothing to download; to look for checksums, TFDS imports a package that it does not require
     BUILDER_CONFIGS = (SignsConfig(name="full", description="20,000 training and 512 test signs."),)
+    IMAGE_SIZE = (HEIGHT, WIDTH)
+    TEXTS = ("prompt", "number", "plate", "digits")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
-        image = tfds.features.Tensor(shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB)
-        text = {name: tfds.features.Text() for name in ("prompt", "number", "plate", "digits")}
-        features = tfds.features.FeaturesDict({"image": image, **text})
-        return tfds.core.DatasetInfo(builder=self, description=__doc__, features=features)
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        config = self.builder_config
-        return {split: self._generate_examples(split, getattr(config, split)) for split in ("train", "test")}
-
-    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
-        seed = self.builder_config.seed
+    def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
+        """Photographs of signs with their prompts."""
         for key, sign in enumerate(sample_signs(split, count, seed)):
-            image = photograph(sign, np.random.default_rng([seed, split == "test", key]))
-            yield key, {"image": image, "prompt": sign.prompt, **vars(sign)}
+            image = photograph(sign, rendered.generator(seed, split, key))
+            yield {"image": image, "prompt": sign.prompt, **vars(sign)}
 
 
 def load(split: str, data_dir: str | os.PathLike | None = None, config: str | SignsConfig = "full") -> grain.MapDataset:
@@ -174,34 +158,9 @@ def load(split: str, data_dir: str | os.PathLike | None = None, config: str | Si
     An element has `image` (uint8 [16, 48, 3]), `prompt`, and `metadata`: what the rewards need to know, namely
     `number`, `plate`, `digits` (names of colours), `plate_rgb`, `digits_rgb` (uint8 [3]), and `palette` (uint8 [9, 3]).
 
-    Args:
-        split: "train" or "test".
-        data_dir: where the data set lives; by default $MIXGRPO_JAX_DATA, or else ~/.cache/mixgrpo_jax.
-        config: "full", or sizes of one's own.
+    The arguments are those of `rendered.load`.
     """
-    data_dir = data_dir or os.environ.get("MIXGRPO_JAX_DATA", "~/.cache/mixgrpo_jax")
-    builder = _build(Path(data_dir).expanduser(), config)
-    return grain.MapDataset.source(builder.as_data_source(split)).map(_element)
-
-
-def _build(data_dir: Path, config: str | SignsConfig) -> Signs:
-    builder_in = functools.partial(Signs, config=config, file_format="array_record")
-    builder = builder_in(data_dir=data_dir)
-    if builder.is_prepared():
-        return builder
-    data_dir.mkdir(parents=True, exist_ok=True)
-    # Several processes may get here at once: each builds its own, and the first to finish puts it in place.
-    with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
-        fresh = builder_in(data_dir=scratch)
-        fresh.download_and_prepare()
-        target = Path(builder.data_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Path(fresh.data_dir).rename(target)
-        except OSError:
-            if not builder.is_prepared():
-                raise
-    return builder_in(data_dir=data_dir)
+    return rendered.load(Signs, split, data_dir, config).map(_element)
 
 
 def _element(example: dict) -> dict:
@@ -211,22 +170,6 @@ def _element(example: dict) -> dict:
     return {"image": example["image"], "prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
 
 
-def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapDataset:
-    """Endless batches, shuffled anew in every epoch; batch k is `batches(...)[k]`, a pure function of (seed, k).
-
-    A batch has `image` (uint8 [B, 16, 48, 3]), `prompt` (B strings) and `metadata` (B dicts).
-    """
-    if not 1 <= batch_size <= len(dataset):
-        raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")
-    return dataset.seed(seed).shuffle().repeat().batch(batch_size, batch_fn=collate)
-
-
-def collate(elements: list[dict]) -> dict:
-    """Elements of the data set as a batch: pictures stacked, the rest as lists."""
-    columns = {key: [element[key] for element in elements] for key in elements[0]}
-    return columns | {"image": np.stack(columns["image"])}
-
-
 def groups(metadata: dict) -> dict[str, str]:
     """What an element is counted under when scores are reported."""
     return {"length": str(len(metadata["number"])), "plate": metadata["plate"], "digits": metadata["digits"]}
@@ -234,17 +177,5 @@ def groups(metadata: dict) -> dict[str, str]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer of the prompts: one token for each word and each digit, then </s>; pad 0, eos 1, unknown 2."""
-    grammar = ["a", "sign", "that", "says", "in", *PALETTE, *"0123456789"]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *grammar])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.normalizer = tokenizers.normalizers.Lowercase()
-    split = tokenizers.pre_tokenizers
-    model.pre_tokenizer = split.Sequence([split.Whitespace(), split.Digits(individual_digits=True)])
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=PROMPT_LENGTH,
-    )
+    words = ["a", "sign", "that", "says", "in", *PALETTE, *"0123456789"]
+    return rendered.word_tokenizer(words, PROMPT_LENGTH)

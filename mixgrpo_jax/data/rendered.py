@@ -1,0 +1,135 @@
+"""What tasks share whose pictures are rendered from their prompts: a TFDS builder, batches, a tokenizer."""
+
+import abc
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPLITS = ("train", "test")
+
+
+@dataclass(eq=False, kw_only=True)
+class Sizes(tfds.core.BuilderConfig):
+    """How many pictures each split holds, and the seed that draws them."""
+
+    train: int = 20_000
+    test: int = 512
+    seed: int = 0
+
+
+class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder of rendered pictures; writes array_record, and needs no TensorFlow.
+
+    A task's own builder says how large they are, which texts come with a picture, and makes the examples.
+    """
+
+    url_infos = None  # nothing to download; to look for checksums, TFDS imports a package that it does not require
+    IMAGE_SIZE: tuple[int, int]  # rows, columns
+    TEXTS: tuple[str, ...]  # features beside the image
+
+    @abc.abstractmethod
+    def examples(self, split: str, count: int, seed: int) -> Iterable[dict]:
+        """`count` examples of a split, each {"image": uint8 [H, W, 3], and TEXTS}; a pure function."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
+        image = tfds.features.Tensor(shape=(*self.IMAGE_SIZE, 3), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB)
+        features = tfds.features.FeaturesDict({"image": image, **{name: tfds.features.Text() for name in self.TEXTS}})
+        return tfds.core.DatasetInfo(builder=self, description=sys.modules[self.__module__].__doc__, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        return {split: self._generate_examples(split, getattr(self.builder_config, split)) for split in SPLITS}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
+        return enumerate(self.examples(split, count, self.builder_config.seed))
+
+
+def generator(seed: int, split: str, *key: int) -> np.random.Generator:
+    """The random numbers of a split, or of one of its elements by `key`. Raises ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: use 'train' or 'test'")
+    return np.random.default_rng([seed, split == "test", *key])
+
+
+def load(
+    builder: type[Rendered], split: str, data_dir: str | os.PathLike | None = None, config: str | Sizes = "full"
+) -> grain.MapDataset:
+    """The examples of `split`, by random access, built on first use.
+
+    Args:
+        builder: the task's.
+        split: "train" or "test".
+        data_dir: where the data set lives; by default $MIXGRPO_JAX_DATA, or else ~/.cache/mixgrpo_jax.
+        config: "full", or sizes of one's own.
+    """
+    data_dir = data_dir or os.environ.get("MIXGRPO_JAX_DATA", "~/.cache/mixgrpo_jax")
+    return grain.MapDataset.source(_build(builder, Path(data_dir).expanduser(), config).as_data_source(split))
+
+
+def _build(builder_type: type[Rendered], data_dir: Path, config: str | Sizes) -> Rendered:
+    builder_in = functools.partial(builder_type, config=config, file_format="array_record")
+    builder = builder_in(data_dir=data_dir)
+    if builder.is_prepared():
+        return builder
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # Several processes may get here at once: each builds its own, and the first to finish puts it in place.
+    with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
+        fresh = builder_in(data_dir=scratch)
+        fresh.download_and_prepare()
+        target = Path(builder.data_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(fresh.data_dir).rename(target)
+        except OSError:
+            if not builder.is_prepared():
+                raise
+    return builder_in(data_dir=data_dir)
+
+
+def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapDataset:
+    """Endless batches, shuffled anew in every epoch; batch k is `batches(...)[k]`, a pure function of (seed, k).
+
+    A batch has `image` (uint8 [B, H, W, 3]), `prompt` (B strings) and `metadata` (B dicts).
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")
+    return dataset.seed(seed).shuffle().repeat().batch(batch_size, batch_fn=collate)
+
+
+def collate(elements: list[dict]) -> dict:
+    """Elements of the data set as a batch: pictures stacked, the rest as lists."""
+    columns = {key: [element[key] for element in elements] for key in elements[0]}
+    return columns | {"image": np.stack(columns["image"])}
+
+
+def noisy(image: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
+    """A picture with noise of a standard deviation up to `most`, in levels of 255: uint8, as the image."""
+    noise = rng.uniform(0, most) * rng.standard_normal(image.shape)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+    """Tokenizer with one token for each of `words` and each digit among them, then </s>; pad 0, eos 1, unknown 2."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.normalizer = tokenizers.normalizers.Lowercase()
+    split = tokenizers.pre_tokenizers
+    model.pre_tokenizer = split.Sequence([split.Whitespace(), split.Digits(individual_digits=True)])
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
