@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "data": {"data", "models"},
     "runtime": {"runtime"},
     "rl": {"rl", "flow"},
-    "rewards": {"rewards", "models"},
+    "rewards": {"rewards", "models", "data"},
 }
 
 
