@@ -27,7 +27,7 @@ class Sizes(tfds.core.BuilderConfig):
     seed: int = 0
 
 
-class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS builder of rendered pictures; writes array_record, and needs no TensorFlow.
 
     A task's own builder says how large they are, which texts come with a picture, and makes the examples.
