@@ -74,7 +74,7 @@ class Ours:
         self.programs = make_programs(settings, parts, trainable, mesh)
         self.state = self.programs.init(trainable.params)
         self.plan = plans.make_plan(settings.plan, plans.initial_state(settings.plan)._replace(start=_START.value))
-        self.cond, self.group_id = cond, np.repeat(np.arange(2), 4)
+        self.cond = cond
         self.evaluations = 0
 
     def rollout(self) -> None:
@@ -87,7 +87,7 @@ class Ours:
 
     def update(self, advantage: np.ndarray) -> None:
         """Takes the optimiser steps."""
-        arguments = (self.rows.rows, advantage, self.group_id, self.cond, self.plan.train)
+        arguments = (self.rows.rows, advantage, self.cond, self.plan.train)
         self.state, metrics = jax.block_until_ready(self.programs.update(self.state, None, *arguments))
         assert metrics["ratio/max_deviation"][0].max() < 1e-4
 

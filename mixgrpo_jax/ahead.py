@@ -37,19 +37,20 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
     state = place(jax.eval_shape(programs.init, trainable.params))
     plan, key = plans.make_plan(settings.plan, plans.initial_state(settings.plan)), jax.eval_shape(jax.random.key, 0)
     tokens, cond = skeleton.inputs(parts, config.batch.prompts, config.model.text_length)
-    score, group = np.zeros(settings.samples, np.float32), np.zeros(settings.samples, np.int32)
+    advantage = np.zeros(settings.samples, np.float32)
 
     phases = {}
     with jax.set_mesh(mesh):
         if text:
             phases["features"] = programs.features.lower(frozen, tokens)
-            cond = spread(jax.eval_shape(programs.features, frozen, tokens), config.batch.prompts)
+            cond = jax.eval_shape(programs.features, frozen, tokens)
+        cond = spread(cond, config.batch.prompts)
         sampled = jax.eval_shape(programs.rollout, trainable.params, frozen, plan, cond, key)
         maps = {name: spread(getattr(sampled.rows, name), settings.samples, 1) for name in ("x", "x_next", "log_prob")}
         phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
         phases["decode"] = programs.decode.lower(frozen, spread(sampled.x0, settings.samples))
         rows = sampled.rows._replace(**maps)
-        phases["update"] = programs.update.lower(state, trainable.base, rows, score, group, cond, plan.train)
+        phases["update"] = programs.update.lower(state, trainable.base, rows, advantage, cond, plan.train)
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}

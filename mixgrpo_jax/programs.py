@@ -24,7 +24,7 @@ class Programs(NamedTuple):
     features: Any  # frozen, tokens -> cond
     rollout: Any  # trained, frozen, plan, cond, key -> Rollout
     decode: Any  # frozen, x0 [B, S, C] -> images [B, H, W, 3] uint8
-    update: Any  # TrainState, base, rows, advantage, group_id, cond, train -> TrainState, metrics
+    update: Any  # TrainState, base, rows, advantage, cond, train -> TrainState, metrics
 
     def compilations(self) -> int:
         """Versions of the rollout and of the update compiled so far: two, if nothing moved that should be data."""

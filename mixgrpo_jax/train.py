@@ -88,6 +88,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
         with timer("rollout"):
             batch = prompts[iteration]
             cond = batch.get("features") or programs.features(frozen, policy.tokenize(batch["prompt"]))
+            cond = meshes.spread(cond, mesh)
             sampled = jax.block_until_ready(programs.rollout(state.params, frozen, plan, cond, key))
 
         with timer("decode"):
@@ -99,7 +100,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
             advantage = advantages(scores, group_id, config.rewards, settings.advantage)
 
         with timer("update"):
-            state, learned = programs.update(state, frozen["base"], sampled.rows, advantage, group_id, cond, plan.train)
+            state, learned = programs.update(state, frozen["base"], sampled.rows, advantage, cond, plan.train)
             learned = jax.device_get(learned)
 
         check_ratio(learned["ratio/max_deviation"][0], plan, config.ratio_tolerance)

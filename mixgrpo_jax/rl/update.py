@@ -1,10 +1,12 @@
 """The optimiser updates of one iteration: sharded, accumulated, one program."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -30,18 +32,36 @@ def init_state(params: Any, optimiser: optax.GradientTransformation, average: bo
     return TrainState(params, optimiser.init(fp32), fp32 if average else None, jnp.int32(0))
 
 
-def assign(group_id: Array, num_updates: int, micro_batch: int) -> Array:
-    """Which samples make which update: indices [U, M, micro_batch] into the batch [B].
+def assign(samples: int, group: int, num_updates: int, micro_batch: int) -> np.ndarray:
+    """Which samples make which update: indices [U, M, micro_batch] into a batch, in which a group stands in a row.
 
-    Every update takes an equal share of each group, as far as group sizes allow: the k-th members of all groups stay
-    together.
+    A micro-batch takes one sample of each run of `samples / micro_batch`. So it has as many of every device as the mesh
+    leaves there, and none has to move. Within a run, groups take turns by their numbers: every update takes an equal
+    share of each group, as far as sizes allow.
 
-    >>> assign(jnp.array([0, 0, 1, 1]), num_updates=2, micro_batch=2).tolist()
-    [[[0, 2]], [[1, 3]]]
+    >>> assign(8, 4, num_updates=2, micro_batch=2).tolist()
+    [[[0, 4], [1, 5]], [[2, 6], [3, 7]]]
+    >>> assign(8, 4, num_updates=2, micro_batch=1).reshape(2, 4).tolist()
+    [[0, 4, 1, 5], [2, 6, 3, 7]]
     """
-    same = group_id[:, None] == group_id[None, :]
-    member = jnp.tril(same, -1).sum(1)  # how many of its group stand before a sample
-    return jnp.argsort(member, stable=True).reshape(num_updates, -1, micro_batch)
+    runs = np.arange(samples).reshape(micro_batch, -1)
+    same = runs[:, :, None] // group == runs[:, None, :] // group
+    turn = (np.tril(same, -1).sum(2) + 0.5) / same.sum(2)
+    taken = np.take_along_axis(runs, np.argsort(turn, axis=1, kind="stable"), axis=1)
+    return taken.T.reshape(num_updates, -1, micro_batch)
+
+
+def _take(a: Array, index: Array, run: int) -> Array:
+    """a[index] of samples, the r-th of which is in the r-th run: a look within each run, on the device that has it."""
+    within = index - jnp.arange(len(index)) * run
+    return jax.vmap(lambda samples, i: samples[i])(a.reshape(len(index), run, *a.shape[1:]), within)
+
+
+def _take_cond(a: Array, index: Array, samples: int) -> Array:
+    """Rows of each sample's group, of a [P, ...]; repeated no further than to what a run and a group share."""
+    group, run = samples // len(a), samples // len(index)
+    shared = math.gcd(group, run)
+    return _take(jnp.repeat(a, group // shared, axis=0), index // shared, run // shared)
 
 
 def make_update(
@@ -53,7 +73,7 @@ def make_update(
     ema_decay: float,
     key: Array | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Build `update(state, reference, rows, advantage, group_id, cond, train) -> state, metrics`.
+    """Build `update(state, reference, rows, advantage, cond, train) -> state, metrics`.
 
     The B samples are split into `num_updates` optimiser steps. Each accumulates the gradient over its micro-batches and
     over the trained window steps by `lax.scan`, in fp32, so memory is that of one micro-batch and one step. Parameters
@@ -62,26 +82,27 @@ def make_update(
     Args of the returned function:
         reference: parameters of the frozen reference policy, or None where the objective needs none.
         rows: the rollout's window, [w, B, ...].
-        advantage: [B]; group_id: [B] integers.
-        cond: pytree with leading axis P; sample b uses row group_id[b].
+        advantage: [B].
+        cond: pytree with leading axis P; each row is of B / P samples in a row.
         train: offsets within the window that are trained, [n] int32.
     Metrics are stacked by update, [U], and those under "ratio/" by trained step as well, [U, n].
     """
     gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def update(state: TrainState, reference, rows: Rows, advantage, group_id, cond, train):
-        samples = assign(group_id, num_updates, micro_batch)
+    def update(state: TrainState, reference, rows: Rows, advantage, cond, train):
+        count, prompts = len(advantage), len(jax.tree.leaves(cond)[0])
+        samples = jnp.asarray(assign(count, count // prompts, num_updates, micro_batch))
         num_micro, num_train = samples.shape[1], train.shape[0]
 
         def accumulate(carry, element):
             params, total = carry
             index, step = element
             row = Row(
-                *(a[step, index] for a in (rows.x, rows.x_next, rows.log_prob)),
+                *(_take(a[step], index, count // micro_batch) for a in (rows.x, rows.x_next, rows.log_prob)),
                 sigma=rows.sigma[step],
                 sigma_next=rows.sigma_next[step],
-                advantage=advantage[index],
-                cond=jax.tree.map(lambda a: a[group_id[index]], cond),
+                advantage=_take(advantage, index, count // micro_batch),
+                cond=jax.tree.map(lambda a: _take_cond(a, index, count), cond),
             )
             (_, metrics), gradients = gradient(params, reference, row)
             return (params, jax.tree.map(jnp.add, total, gradients)), metrics

@@ -90,6 +90,16 @@ def batch_sharding(mesh: Mesh, size: int, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, spec if size % batch_ways(mesh) == 0 else PartitionSpec())
 
 
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Arrays [B, ...] by `batch_sharding`; of those of the host, which every process has whole, each reads its part."""
+
+    def place(a):
+        sharding = batch_sharding(mesh, len(a))
+        return a if isinstance(a, jax.Array) else jax.make_array_from_callback(a.shape, sharding, lambda i: a[i])
+
+    return jax.tree.map(place, tree)
+
+
 def placed(tree: Any, places: Any) -> Any:
     """The shapes of a tree with its shardings, as ahead-of-time compilation takes them."""
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, places)

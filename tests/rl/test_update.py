@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +33,7 @@ def setting(toy):
 def run(setting, optimiser, num_updates, micro_batch, ema_decay=0.9):
     objective, params, rows, cond = setting
     update = make_update(objective, optimiser, num_updates=num_updates, micro_batch=micro_batch, ema_decay=ema_decay)
-    return jax.jit(update)(init_state(params, optimiser), None, rows, ADVANTAGE, GROUP_ID, cond, TRAIN)
+    return jax.jit(update)(init_state(params, optimiser), None, rows, ADVANTAGE, cond, TRAIN)
 
 
 def full_gradient(setting, samples, params=None):
@@ -87,7 +91,7 @@ def test_no_average_is_kept_where_none_is_asked_for(setting):
     objective, params, rows, cond = setting
     optimiser = optax.sgd(0.1)
     update = make_update(objective, optimiser, num_updates=2, micro_batch=2, ema_decay=0.0)
-    state, _ = jax.jit(update)(init_state(params, optimiser, False), None, rows, ADVANTAGE, GROUP_ID, cond, TRAIN)
+    state, _ = jax.jit(update)(init_state(params, optimiser, False), None, rows, ADVANTAGE, cond, TRAIN)
     assert state.ema is None
     averaged, _ = run(setting, optimiser, num_updates=2, micro_batch=2)
     jax.tree.map(np.testing.assert_array_equal, state.params, averaged.params)
@@ -116,15 +120,57 @@ def test_the_state_of_bf16_parameters_is_fp32(setting):
     params, optimiser = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), optax.adamw(1e-3)
     update = make_update(objective, optimiser, num_updates=2, micro_batch=2, ema_decay=0.5, key=jax.random.key(0))
     before = init_state(params, optimiser)
-    after, _ = jax.jit(update)(before, None, rows, ADVANTAGE, GROUP_ID, cond, TRAIN)
+    after, _ = jax.jit(update)(before, None, rows, ADVANTAGE, cond, TRAIN)
     assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, before)
     assert {a.dtype for a in jax.tree.leaves((after.opt_state[0].nu, after.ema))} == {jnp.dtype(jnp.float32)}
     assert {a.dtype for a in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_every_update_takes_its_share_of_every_group():
-    group_id = jnp.array([3, 3, 1, 1, 3, 1, 3, 1])  # ids in any order
-    samples = np.asarray(assign(group_id, num_updates=2, micro_batch=2))
-    assert sorted(samples.ravel()) == list(range(8))
+@pytest.mark.parametrize(
+    ("prompts", "group", "updates", "micro_batch"),
+    [(16, 12, 4, 24), (8, 4, 2, 16), (4, 6, 3, 2), (3, 8, 2, 4), (6, 2, 1, 3)],
+)
+def test_every_update_takes_its_share_of_every_group_and_of_every_device(prompts, group, updates, micro_batch):
+    samples = assign(prompts * group, group, updates, micro_batch)
+    assert sorted(samples.ravel()) == list(range(prompts * group))
     for update in samples:
-        assert sorted(np.asarray(group_id)[update.ravel()]) == [1, 1, 3, 3]
+        assert set(np.bincount(update.ravel() // group)) == {group // updates}
+    for ways in (n for n in range(1, micro_batch + 1) if micro_batch % n == 0):
+        device = samples * ways // (prompts * group)
+        np.testing.assert_array_equal(
+            device, np.broadcast_to(np.repeat(np.arange(ways), micro_batch // ways), samples.shape)
+        )
+
+
+ON_EIGHT = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mixgrpo_jax.flow.rollout import Rows, Sampler
+from mixgrpo_jax.rl.objectives import GRPOConfig, grpo
+from mixgrpo_jax.rl.update import init_state, make_update
+from mixgrpo_jax.runtime import hlo, mesh as meshes
+from tests.conftest import toy_velocity
+
+mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
+objective = grpo(toy_velocity, Sampler(), GRPOConfig())
+for prompts, group, micro_batch in ((16, 12, 24), (8, 6, 24), (32, 2, 8)):
+    update = make_update(objective, optax.sgd(0.1), num_updates=2, micro_batch=micro_batch, ema_decay=0.0)
+    place = lambda size, axis: meshes.batch_sharding(mesh, size, axis)
+    array = lambda size, axis, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place(size, axis))
+    count, whole = prompts * group, NamedSharding(mesh, P())
+    maps = array(count, 1, 3, count, 64, 4), array(count, 1, 3, count, 64, 4), array(count, 1, 3, count, 64)
+    rows, sigma = Rows(*maps, *(jax.ShapeDtypeStruct((3,), jnp.float32, sharding=whole),) * 2), None
+    params = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(4)}
+    state = jax.eval_shape(lambda: init_state(params, optax.sgd(0.1), False))
+    state = meshes.placed(state, jax.tree.map(lambda _: whole, state))
+    arguments = (state, None, rows, array(count, 0, count), array(prompts, 0, prompts, 4), np.arange(2))
+    cost = hlo.cost(jax.jit(update, out_shardings=whole).lower(*arguments).compile().as_text())
+    assert cost.collectives.keys() == {"all-reduce"}, cost.collectives  # of gradients and metrics
+    assert cost.moved < 1000 * 2 * count // micro_batch, cost.moved  # bytes; a sample has 1024 in each map
+"""
+
+
+def test_no_sample_moves_on_a_mesh():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
