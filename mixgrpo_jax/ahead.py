@@ -20,14 +20,17 @@ ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
 
 def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind."""
+    """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind.
+
+    The program that decodes is that of a chunk, see `programs.decode_chunks`.
+    """
     config, text = settings.config, settings.config.data.name != "features"
 
     def place(tree: Any) -> Any:
         return meshes.placed(tree, meshes.shardings(tree, policies.RULES, mesh))
 
-    def spread(tree: Any, size: int, axis: int = 0) -> Any:
-        return meshes.placed(tree, jax.tree.map(lambda _: meshes.batch_sharding(mesh, size, axis), tree))
+    def spread(tree: Any, size: int) -> Any:
+        return meshes.placed(tree, jax.tree.map(lambda _: meshes.batch_sharding(mesh, size), tree))
 
     params = place(skeleton.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.lora.rank else jnp.float32))
     made = skeleton.trainable(params.pop("transformer"), settings.lora, settings.keep_base)
@@ -46,11 +49,10 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
             cond = jax.eval_shape(programs.features, frozen, tokens)
         cond = spread(cond, config.batch.prompts)
         sampled = jax.eval_shape(programs.rollout, trainable.params, frozen, plan, cond, key)
-        maps = {name: spread(getattr(sampled.rows, name), settings.samples, 1) for name in ("x", "x_next", "log_prob")}
+        sampled = meshes.placed(sampled, programs.places)
         phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
-        phases["decode"] = programs.decode.lower(frozen, spread(sampled.x0, settings.samples))
-        rows = sampled.rows._replace(**maps)
-        phases["update"] = programs.update.lower(state, trainable.base, rows, advantage, cond, plan.train)
+        phases["decode"] = programs.decode.lower(frozen, sampled.x0, 0)
+        phases["update"] = programs.update.lower(state, trainable.base, sampled.rows, advantage, cond, plan.train)
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}

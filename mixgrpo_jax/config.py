@@ -63,6 +63,7 @@ def base() -> ml_collections.ConfigDict:
                 group=12,  # samples a prompt
                 updates=4,  # optimiser steps an iteration
                 micro_batch=24,  # samples a forward and backward pass, over all devices
+                decode=24,  # samples decoded at a time, at most, over all devices; the host scores them meanwhile
                 shared_noise=True,  # a group starts from one noise, and shares its prefix
             ),
             plan=_fields(PlanConfig, num_steps=25, shift=3.0, strategy="progressive", length=4),
@@ -85,6 +86,9 @@ def base() -> ml_collections.ConfigDict:
                 max_grad_norm=1.0,
                 ema_decay=0.99,  # by update; 0 keeps no average
             ),
+            # While the host scores an iteration's samples, draw the next ones, by the parameters of before the update:
+            # they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
+            one_step_off_policy=False,
             ratio_tolerance=1e-4,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
             evaluation=dict(
                 prompts=256,  # held-out prompts
@@ -172,8 +176,9 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         raise ConfigError(str(error)) from None
     batch = config.batch
     samples = batch.prompts * batch.group
-    _positive(config, "iterations", "batch.prompts", "batch.updates", "batch.micro_batch", "optimizer.learning_rate")
+    _positive(config, "iterations", "batch.prompts", "batch.updates", "batch.micro_batch", "batch.decode")
     _positive(config, "evaluation.prompts", "evaluation.batch", "evaluation.num_steps", "checkpoint.every")
+    _positive(config, "optimizer.learning_rate")
     if batch.group < 2:
         raise ConfigError(f"batch.group={batch.group}: a group of one has no advantage; use at least 2")
     _divides("batch.updates", batch.updates, "samples an iteration (batch.prompts * batch.group)", samples)

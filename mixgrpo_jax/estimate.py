@@ -31,7 +31,7 @@ from mixgrpo_jax.config import Settings
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import attention, skeleton
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.programs import prefix_rows
+from mixgrpo_jax.programs import decode_chunks, prefix_rows
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -80,6 +80,7 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations, "notes": notes(settings, mesh)}
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
     result["seconds_per_iteration"] = {}
+    chunks = len(decode_chunks(settings.samples, settings.config.batch.decode, meshes.batch_ways(mesh)))
     for phase, lowered in (progress := tqdm(phases.items(), desc="compile")):
         progress.set_postfix_str(phase)
         compiled, asked = ahead.compile_phase(lowered)
@@ -90,16 +91,19 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
             result["notes"].append(remedy(phase, settings, mesh, sum(resident.values()) / chip.hbm))
         if compiled is None:
             continue
+        times = chunks if phase == "decode" else 1
         cost = hlo.cost(compiled.as_text(), shares if phase == "rollout" else (), attention.kernel_flops)
-        flops = {"compiled": cost.flops * mesh.size}
+        flops = {"compiled": times * cost.flops * mesh.size}
         if phase in expected:
             flops |= {"expected": expected[phase], "ratio": flops["compiled"] / expected[phase]}
         result["flops_per_iteration"][phase] = flops
-        result["collectives"][phase] = {k: {"count": n, "bytes": b} for k, (n, b) in cost.collectives.items()}
+        result["collectives"][phase] = {
+            k: {"count": times * n, "bytes": times * b} for k, (n, b) in cost.collectives.items()
+        }
         result["seconds_per_iteration"][phase] = {
-            "compute": cost.flops / chip.flops,
-            "memory": cost.bytes / chip.hbm_bandwidth,
-            "interconnect": cost.moved / chip.link_bandwidth,
+            "compute": times * cost.flops / chip.flops,
+            "memory": times * cost.bytes / chip.hbm_bandwidth,
+            "interconnect": times * cost.moved / chip.link_bandwidth,
         }
     return result
 
@@ -128,6 +132,8 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
         steps.append("model.remat='block'")
     if phase == "update" and config.batch.micro_batch > ways:
         steps.append(f"a smaller batch.micro_batch (now {config.batch.micro_batch}; {ways} is a sample a device)")
+    if phase == "decode" and config.batch.decode > ways:
+        steps.append(f"a smaller batch.decode (now {config.batch.decode}; {ways} is a sample a device)")
     if phase in ("rollout", "decode") and settings.samples > ways:
         steps.append(f"fewer batch.prompts (now {settings.samples // ways} samples a device)")
     return f"{phase} does not fit; what helps: " + "; ".join(steps)

@@ -25,7 +25,7 @@ from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts, Policy, Trainable
-from mixgrpo_jax.rewards import build, score_all
+from mixgrpo_jax.rewards import build, score_chunks
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -129,8 +129,9 @@ class HeldOut:
     def assess(self, trained: Any, frozen: Any) -> Assessment:
         """Pictures of the prompts and their scores by every reward of the config."""
         images = self.draw(trained, frozen)
-        score = functools.partial(score_all, self.rewards)
-        return Assessment(images, distributed.map_rows(score, images, self.prompts, self.metadata))
+        score = functools.partial(score_chunks, self.rewards)
+        everything = np.arange(len(images))
+        return Assessment(images, distributed.map_rows(score, [images], [everything], self.prompts, self.metadata))
 
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:

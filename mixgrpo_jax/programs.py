@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -23,8 +24,10 @@ class Programs(NamedTuple):
     init: Any  # trained -> TrainState; takes the buffers over
     features: Any  # frozen, tokens -> cond
     rollout: Any  # trained, frozen, plan, cond, key -> Rollout
-    decode: Any  # frozen, x0 [B, S, C] -> images [B, H, W, 3] uint8
+    decode: Any  # frozen, x0 [B, S, C], k -> images [b, H, W, 3] uint8 of the samples chunks[k]
     update: Any  # TrainState, base, rows, advantage, cond, train -> TrainState, metrics
+    chunks: np.ndarray  # [n, b]: the samples that are decoded at a time
+    places: Rollout  # shardings of a rollout
 
     def compilations(self) -> int:
         """Versions of the rollout and of the update compiled so far: two, if nothing moved that should be data."""
@@ -43,6 +46,7 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
     whole: Any = meshes.replicated(mesh)
     by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
     by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
+    chunks = decode_chunks(settings.samples, config.batch.decode, meshes.batch_ways(mesh))
     sampled = Rollout(by_sample, Rows(by_row, by_row, by_row, whole, whole), whole)
 
     optimiser = make_optimiser(config.optimizer, config.iterations * config.batch.updates)
@@ -52,14 +56,41 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
         init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
         features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, config.batch.prompts)),
         rollout=jax.jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
-        decode=jax.jit(policy.decode, out_shardings=by_sample),
+        decode=jax.jit(
+            functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
+            out_shardings=meshes.batch_sharding(mesh, chunks.shape[1]),
+        ),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jax.jit(
             _make_update(settings, policy, trainable.attach, optimiser),
             donate_argnums=(0,),
             out_shardings=(place, whole),
         ),
+        chunks=chunks,
+        places=sampled,
     )
+
+
+def decode_chunks(samples: int, at_most: int, ways: int) -> np.ndarray:
+    """Which samples are decoded together, [n, b]: an equal share of those that each of `ways` devices holds.
+
+    The largest b that fits: at most `at_most`, or one sample a device.
+
+    >>> decode_chunks(8, 4, ways=2).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    ways = ways if samples % ways == 0 else 1
+    own = samples // ways
+    size = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * ways <= at_most))
+    return np.arange(samples).reshape(ways, -1, size).swapaxes(0, 1).reshape(-1, ways * size)
+
+
+def _decode(policy: policies.Policy, num_chunks: int, ways: int, frozen: Any, x0: Array, chunk: Array) -> Array:
+    """Pictures of the samples that `decode_chunks` has in row `chunk`."""
+    ways = ways if len(x0) % ways == 0 else 1
+    parts = x0.reshape(ways, num_chunks, -1, *x0.shape[1:])  # as it is sharded, so that no sample moves
+    x = jax.lax.dynamic_index_in_dim(parts, chunk, axis=1, keepdims=False)
+    return policy.decode(frozen, x.reshape(-1, *x0.shape[1:]))
 
 
 def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: Any) -> Any:

@@ -7,7 +7,6 @@ last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration)
 rewards.png.
 """
 
-import functools
 import pathlib
 from typing import Any
 
@@ -21,10 +20,11 @@ from tqdm import tqdm
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.data import TASKS
+from mixgrpo_jax.drawing import Drawing, Drawn
 from mixgrpo_jax.evaluate import Assessment, HeldOut, load_policy, table
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.programs import make_programs
-from mixgrpo_jax.rewards import build, score_all
+from mixgrpo_jax.rewards import build
 from mixgrpo_jax.rl.advantages import advantages
 from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
@@ -46,7 +46,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np.ndarray]:
-    config = settings.config
+    config, first = settings.config, distributed.is_first()
     task = TASKS[config.data.name]
     prompts = task.batches(task.load("train", config.data.folder), config.seed, config.batch.prompts)
     rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
@@ -54,19 +54,22 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
 
     # The policy, what is trained of it, and the programs of an iteration.
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=config.data.name != "features")
-    first = distributed.is_first()
     if first:
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
         print(settings.arithmetic())
     programs = make_programs(settings, parts, trainable, mesh)
+    drawing = Drawing(settings, policy, programs, frozen, prompts, rewards, group_id, mesh)
     held_out = HeldOut(config, policy, trainable.attach)
 
     # Start, or resume; the window, and with it the whole host state, is in the checkpoint.
     checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
     state, window = programs.init(trainable.params), plans.initial_state(settings.plan)
+    upcoming: Drawn | None = None  # samples that are drawn already, by the parameters of before the last update
     if checkpoints.latest is not None:
         state, host = checkpoints.restore(state)
         window = plans.WindowState(**host["window"])
+        if config.one_step_off_policy and checkpoints.has_samples():
+            upcoming = drawing.start(state.params, window, saved=checkpoints)
         before = Assessment.load(workdir / "before.npz")
     else:
         before = held_out.assess(state.params, frozen)
@@ -81,47 +84,42 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
     iterations = range(window.iteration, config.iterations)
     progress = tqdm(iterations, "train", config.iterations, initial=window.iteration, disable=not first)
     for iteration in progress:
-        timer = metrics.PhaseTimer()
-        key = jax.random.fold_in(jax.random.key(config.seed), iteration)
-        plan = plans.make_plan(settings.plan, window)
+        timer, done = metrics.PhaseTimer(), iteration + 1
 
         with timer("rollout"):
-            batch = prompts[iteration]
-            cond = batch.get("features") or programs.features(frozen, policy.tokenize(batch["prompt"]))
-            cond = meshes.spread(cond, mesh)
-            sampled = jax.block_until_ready(programs.rollout(state.params, frozen, plan, cond, key))
+            on_policy = upcoming is None
+            drawn = upcoming or drawing.start(state.params, window)
+            jax.block_until_ready(drawn.sampled)
+            window, upcoming = plans.advance(settings.plan, window), None
+            if config.one_step_off_policy and done < config.iterations:
+                upcoming = drawing.start(state.params, window)
 
-        with timer("decode"):
-            images = jax.block_until_ready(programs.decode(frozen, sampled.x0))
+        with timer("decode"):  # of the first pictures; the others are made while these are scored
+            jax.block_until_ready(drawn.images[0])
 
         with timer("reward"):
-            texts, metadata = ([batch[key][group] for group in group_id] for key in ("prompt", "metadata"))
-            scores = distributed.map_rows(functools.partial(score_all, rewards), images, texts, metadata)
+            scores = drawing.score(drawn)
             advantage = advantages(scores, group_id, config.rewards, settings.advantage)
 
+        with timer("rollout"):  # what of the next one the rewards did not hide
+            jax.block_until_ready(upcoming and (upcoming.sampled, upcoming.images))
+
         with timer("update"):
-            state, learned = programs.update(state, frozen["base"], sampled.rows, advantage, cond, plan.train)
+            trained_on = drawn.sampled.rows, advantage, drawn.cond, drawn.plan.train
+            state, learned = programs.update(state, frozen["base"], *trained_on)
             learned = jax.device_get(learned)
 
-        check_ratio(learned["ratio/max_deviation"][0], plan, config.ratio_tolerance)
-        window = plans.advance(settings.plan, window)
-        done = iteration + 1
-        line = (
-            metrics.means("reward", {name: scores[name] for name in config.rewards})
-            | metrics.means("watched", {name: scores[name] for name in config.watched})
-            | summarise(learned)
-            | {"advantage/abs_mean": np.abs(advantage).mean()}
-            | {"window/start": int(plan.start), "window/length": settings.plan.window_length}
-            | {"nfe/rollout": int(sampled.evaluations), "nfe/update": len(plan.train) * settings.samples}
-            | {"compilations": programs.compilations()}
-        )
+        check_ratio(learned["ratio/max_deviation"][0], drawn.plan, config.ratio_tolerance if on_policy else np.inf)
+        line = describe(settings, drawn, scores, advantage, learned) | {"compilations": programs.compilations()}
         if done == config.iterations or (config.evaluation.every and done % config.evaluation.every == 0):
             with timer("evaluation"):
                 after = held_out.assess(state.ema if config.evaluation.ema else state.params, frozen)
             line |= metrics.means("held_out", after.scores)
         with timer("checkpoint"):
-            checkpoints.save(done, state, {"window": window._asdict()}, force=done == config.iterations)
-        line |= timer.metrics() | metrics.throughput(line, timer, settings.samples, policy.flops, mesh.size)
+            host, samples = {"window": window._asdict()}, upcoming and upcoming.sampled
+            checkpoints.save(done, state, host, samples, force=done == config.iterations)
+        cost = settings.samples, policy.flops, mesh.size, config.one_step_off_policy
+        line |= timer.metrics() | metrics.throughput(line, timer, *cost)
         writer.write(done, line)
         progress.set_postfix(metrics.brief(line))
     checkpoints.close()
@@ -136,8 +134,24 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
     return after.scores
 
 
+def describe(settings: Settings, drawn: Drawn, scores: dict, advantage: np.ndarray, learned: dict) -> dict[str, Any]:
+    """An iteration's metrics: of its scores {name: [B]}, its advantages [B], its updates, and what it cost."""
+    config = settings.config
+    return (
+        metrics.means("reward", {name: scores[name] for name in config.rewards})
+        | metrics.means("watched", {name: scores[name] for name in config.watched})
+        | summarise(learned)
+        | {"advantage/abs_mean": np.abs(advantage).mean()}
+        | {"window/start": int(drawn.plan.start), "window/length": settings.plan.window_length}
+        | {"nfe/rollout": int(drawn.sampled.evaluations), "nfe/update": len(drawn.plan.train) * settings.samples}
+    )
+
+
 def check_ratio(deviation: np.ndarray, plan: plans.Plan, tolerance: float) -> None:
-    """Stop unless an iteration's first update starts on policy: |ratio - 1| <= tolerance at every trained step [n]."""
+    """Stop unless an iteration's first update starts on policy: |ratio - 1| <= tolerance at every trained step [n].
+
+    Samples of earlier parameters have no such tolerance: np.inf refuses a ratio that is NaN, and no other.
+    """
     worst = int(np.argmax(np.where(np.isnan(deviation), np.inf, deviation)))
     if not deviation[worst] <= tolerance:
         step = int(plan.start + plan.train[worst])
@@ -151,7 +165,8 @@ def check_ratio(deviation: np.ndarray, plan: plans.Plan, tolerance: float) -> No
 def summarise(learned: dict[str, np.ndarray]) -> dict[str, float]:
     """Metrics of the updates [U] or [U, n] as scalars.
 
-    `ratio/max_deviation` is the first update's, zero up to rounding; `ratio/drift` is the largest of all updates'.
+    `ratio/max_deviation` is the first update's, zero up to rounding where samples are on policy; `ratio/drift` is the
+    largest of all updates'.
     """
     deviation = learned.pop("ratio/max_deviation")
     scalars = {name: values.mean() for name, values in sorted(learned.items())}

@@ -1,17 +1,25 @@
 """The whole loop on the shipped policy, at a size of seconds."""
 
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
+from mixgrpo_jax.data.signs import build_tokenizer
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.flux import model as flux
+from mixgrpo_jax.models.text import t5
 from mixgrpo_jax.sample import sample
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
@@ -122,12 +130,6 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
         train.train(config, tmp_path)
 
 
-def test_a_reward_that_fails_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score_all", lambda *_: {"ocr": 1 / 0})
-    with pytest.raises(ZeroDivisionError):
-        train.train(tiny(iterations=1), tmp_path)
-
-
 SIZES = (
     dict(data=8),
     dict(data=4, tensor=2),
@@ -172,3 +174,174 @@ def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
 def test_a_bucket_is_refused_before_a_folder_of_its_name_is_made():
     with pytest.raises(configs.ConfigError, match="workdir='gs://bucket/run' is no folder: mount the bucket"):
         train.train(tiny(), "gs://bucket/run")
+
+
+class Recorded(NamedTuple):
+    """A run's programs, wrapped so that a test sees what they are given and give."""
+
+    calls: list[str]  # "rollout", "decode", "update", in order
+    rollouts: list  # (parameters on the host, Rollout)
+    decoded: list  # pictures
+    updates: list  # (parameters on the host, rows)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    seen = Recorded([], [], [], [])
+
+    def make(*args):
+        programs = make_programs(*args)
+
+        def rollout(trained, *rest):
+            seen.calls.append("rollout")
+            before = jax.tree.map(np.array, trained)
+            result = programs.rollout(trained, *rest)
+            seen.rollouts.append((before, result))
+            return result
+
+        def decode(*args):
+            seen.calls.append("decode")
+            seen.decoded.append(programs.decode(*args))
+            return seen.decoded[-1]
+
+        def update(state, base, rows, *rest):
+            seen.calls.append("update")
+            seen.updates.append((jax.tree.map(np.array, state.params), rows))
+            return programs.update(state, base, rows, *rest)
+
+        rollout._cache_size, update._cache_size = programs.rollout._cache_size, programs.update._cache_size
+        return programs._replace(rollout=rollout, decode=decode, update=update)
+
+    make_programs = train.make_programs
+    monkeypatch.setattr(train, "make_programs", make)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A policy of a thousandth of the shipped one's work."""
+    folder = tmp_path_factory.mktemp("policy")
+    sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
+    text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
+    policies.save(folder, parts, jax.tree.map(np.asarray, policies.init(parts, jax.random.key(0))))
+    return folder
+
+
+def fast(folder, iterations=1, **changes):
+    """A run of that policy whose only reward is a function that a test may set, `slow_reward`."""
+    config = tiny(iterations=iterations)
+    config.model.folder = str(folder)
+    config.rewards, config.watched = dict(slow=1.0), ()
+    config.reward_options = dict(slow=dict(kind="function", path=f"{__name__}:slow_reward"))
+    config.plan.num_steps, config.plan.length = 3, 1
+    config.evaluation.prompts = config.evaluation.batch = 2
+    config.evaluation.num_steps = 1
+    config.optimizer.learning_rate = 1e-3
+    config.update(changes)
+    return config
+
+
+def brightness(images, prompts, metadata):
+    return np.asarray(images, np.float32).mean((1, 2, 3)) / 255
+
+
+during = [brightness]  # what `slow_reward` is now
+
+
+def slow_reward(images, prompts, metadata):
+    return during[-1](images, prompts, metadata)
+
+
+def wait_for(ready, what, seconds=60):
+    """Return once `ready()`, while nothing but what is under way already can make it so."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, f"{what} did not happen while a reward was computed"
+        time.sleep(0.01)
+
+
+def test_the_next_pictures_are_decoded_while_the_first_are_scored(small, recorded, tmp_path, monkeypatch):
+    sizes = []
+
+    def score(images, prompts, metadata):
+        if recorded.decoded and "update" not in recorded.calls:  # a chunk of the iteration, not held-out pictures
+            sizes.append(len(images))
+            after = len(sizes)  # the chunk behind this one
+            if after < 4:
+                wait_for(lambda: len(recorded.decoded) > after and recorded.decoded[after].is_ready(), "decoding")
+        return brightness(images, prompts, metadata)
+
+    monkeypatch.setattr(sys.modules[__name__], "during", [score])
+    config = fast(small)
+    config.batch.decode = 2
+    train.train(config, tmp_path)
+    assert sizes == [2, 2, 2, 2] and recorded.calls == ["rollout", *["decode"] * 4, "update"]
+
+
+def test_off_policy_the_next_rollout_is_drawn_while_rewards_are_computed(small, recorded, tmp_path, monkeypatch):
+    finished = []
+
+    def score(images, prompts, metadata):
+        done = recorded.calls.count("update")
+        if recorded.decoded and done < 2:
+            wait_for(lambda: len(recorded.rollouts) == done + 2, "the next rollout")
+            wait_for(recorded.rollouts[done + 1][1].x0.is_ready, "the next rollout")
+            finished.append(done)
+        return brightness(images, prompts, metadata)
+
+    monkeypatch.setattr(sys.modules[__name__], "during", [score])
+    train.train(fast(small, 3, one_step_off_policy=True), tmp_path)
+    assert finished == [0, 1]
+    step = ["rollout", "decode", "update"]
+    assert recorded.calls == ["rollout", "decode", *step, *step, "update"]
+
+
+def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last(small, recorded, tmp_path):
+    config = fast(small, 4, one_step_off_policy=True)
+    config.ratio_tolerance, config.optimizer.learning_rate = 1e-5, 1e-2
+    train.train(config, tmp_path)
+    parameters = [before for before, _ in recorded.updates]  # by iteration
+    for iteration, (drawn_by, rollout) in enumerate(recorded.rollouts):
+        assert recorded.updates[iteration][1] is rollout.rows
+        jax.tree.map(np.testing.assert_array_equal, drawn_by, parameters[max(iteration - 1, 0)])
+    leaves = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in parameters]
+    assert all((a != b).any() for a, b in itertools.pairwise(leaves))
+    deviations = [line["ratio/max_deviation"] for line in lines(tmp_path)[1:]]
+    assert deviations[0] < 1e-5 < min(deviations[1:])  # stale, and not refused
+    assert lines(tmp_path)[-1]["compilations"] == 2
+
+
+def test_off_policy_stopped_and_resumed_gives_the_same_run(small, tmp_path, monkeypatch):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(fast(small, 4, one_step_off_policy=True), straight)
+    calls, advantages = [], train.advantages
+
+    def stop_in_the_third(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return advantages(*args)
+
+    monkeypatch.setattr(train, "advantages", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(fast(small, 4, one_step_off_policy=True), resumed)
+    assert [line["iteration"] for line in lines(resumed)] == [0, 1, 2]
+    monkeypatch.undo()
+    train.train(fast(small, 4, one_step_off_policy=True), resumed)  # from the checkpoint at 2
+    assert lines(resumed) == lines(straight)
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_reward_that_fails_stops_the_run_with_its_own_words(small, off_policy, recorded, tmp_path, monkeypatch):
+    def score(images, prompts, metadata):
+        if recorded.decoded and recorded.calls.count("update") == off_policy:
+            raise RuntimeError(f"the scorer is out of paper at {len(images)} pictures")
+        return brightness(images, prompts, metadata)
+
+    monkeypatch.setattr(sys.modules[__name__], "during", [score])
+    config = fast(small, 3, one_step_off_policy=off_policy)
+    config.batch.decode = 4
+    with pytest.raises(RuntimeError, match="out of paper at 4 pictures"):
+        train.train(config, tmp_path)
+    assert recorded.calls.count("update") == off_policy

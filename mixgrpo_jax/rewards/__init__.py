@@ -100,16 +100,40 @@ def score_all(
     Raises:
         ValueError: if a reward's scores are not of shape [B], or not finite; the message names it and the sample.
     """
+    return score_chunks(rewards, [(images, prompts, metadata)])
+
+
+def score_chunks(
+    rewards: Sequence[Reward], chunks: Iterable[tuple[Images, list[str], list[dict]]]
+) -> dict[str, np.ndarray]:
+    """`score_all` of images that come in chunks, {name: float32 [B]}, one chunk behind the other.
+
+    While the host scores a chunk, devices are free to make the next one: nothing waits for a device's scores before
+    the host's of the last chunk are there.
+    """
     # Device rewards first: they return at once, and compute while the host is busy with the others.
     queue = sorted(rewards, key=lambda reward: reward.where != "device")
-    scores = {reward.name: reward.score(images, prompts, metadata) for reward in queue}
-    return {reward.name: _checked(reward.name, scores[reward.name], prompts) for reward in rewards}
+    given: dict[str, list[Images]] = {reward.name: [] for reward in rewards}
+    asked: list[list[str]] = []
+    for images, prompts, metadata in chunks:
+        asked.append(prompts)
+        for reward in queue:
+            given[reward.name].append(reward.score(images, prompts, metadata))
+    everything = [prompt for prompts in asked for prompt in prompts]
+    return {
+        name: _finite(name, np.concatenate([_shaped(name, *chunk) for chunk in zip(scores, asked)]), everything)
+        for name, scores in given.items()
+    }
 
 
-def _checked(name: str, scores: Images, prompts: list[str]) -> np.ndarray:
+def _shaped(name: str, scores: Images, prompts: list[str]) -> np.ndarray:
     scores = np.asarray(scores, np.float32)
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {name!r} gave scores of shape {scores.shape} for {len(prompts)} images: return [B]")
+    return scores
+
+
+def _finite(name: str, scores: np.ndarray, prompts: list[str]) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         i = bad[0]

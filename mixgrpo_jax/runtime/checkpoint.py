@@ -22,12 +22,22 @@ class Checkpoints:
         """Iterations finished at the newest checkpoint; None without one."""
         return self._manager.latest_step()
 
-    def save(self, iteration: int, state: Any, host: dict, force: bool = False) -> bool:
-        """Save at the set interval (or now); `host` is a dict that JSON can hold. True where it was due."""
+    def save(self, iteration: int, state: Any, host: dict, samples: Any = None, force: bool = False) -> bool:
+        """Save at the set interval (or now). True where it was due.
+
+        Args:
+            iteration: how many are finished.
+            state: the train state.
+            host: a dict that JSON can hold.
+            samples: a tree of arrays, what is drawn of the next iteration already.
+            force: save now.
+        """
         if iteration == self.latest:
             return False
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
-        return self._manager.save(iteration, args=args, force=force)
+        items = dict(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+        if samples is not None:
+            items["samples"] = ocp.args.StandardSave(samples)
+        return self._manager.save(iteration, args=ocp.args.Composite(**items), force=force)
 
     def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
         """State and host state, laid out as `like`: a tree of arrays, or of shapes with shardings."""
@@ -35,6 +45,16 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
         restored = self._manager.restore(self.latest if iteration is None else iteration, args=args)
         return restored["state"], restored["host"]
+
+    def has_samples(self) -> bool:
+        """Whether the newest checkpoint has samples of the next iteration."""
+        return (self._manager.directory / str(self.latest) / "samples").exists()
+
+    def restore_samples(self, like: Any) -> Any:
+        """Samples of the newest checkpoint, laid out as `like`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(samples=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(self.latest, args=args)["samples"]
 
     def restore_part(self, name: str, like: Any) -> Any:
         """One field of the newest state (of its parameters, or their average), laid out as `like`."""

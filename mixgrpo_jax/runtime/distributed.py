@@ -1,9 +1,10 @@
 """Several processes as one run: how they find each other, and what lies on one of them and is needed on all."""
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -95,37 +96,71 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 def map_rows(
-    score: Callable[..., dict[str, np.ndarray]], images: jax.Array | np.ndarray, *columns: Sequence
+    score: Callable[[Iterable[tuple]], dict[str, np.ndarray]],
+    chunks: Sequence[jax.Array | np.ndarray],
+    rows: Sequence[np.ndarray],
+    *columns: Sequence,
 ) -> dict[str, np.ndarray]:
-    """`score(images, *columns)`, {name: fp32 [B]} on every process, where each scores a part of the rows.
+    """`score` of images that come in chunks, {name: fp32 [B]} on every process, where each scores a part of the rows.
+
+    Processes wait for each other once, when all have their scores.
 
     Args:
-        score: works row by row.
-        images: [B, ...]. Of an array that is sharded over processes, each takes the rows that it holds; one that all
-            hold is dealt out.
+        score: `(iterable of (images, *columns)) -> {name: [rows]}`, row by row. An item of several processes is there
+            when its images are.
+        chunks: images, [b, ...] each. Of an array that is sharded over processes, each takes the rows that it holds;
+            one that all hold is dealt out.
+        rows: which of the columns' entries each chunk is for, [b] positions each; every entry has one row.
         columns: lists of B entries, the same on every process.
     """
-    if jax.process_count() == 1:
-        return score(images, *columns)
-    index, rows = _own_rows(images)
-    local = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    with jax.set_mesh(local):  # for the programs of rewards: other processes have other rows
-        scores = score(rows, *([column[i] for i in index] for column in columns))
-    whole = np.full((len(scores), len(images)), np.nan, np.float32)
+    own = [_own_rows(images) for images in chunks]
+    index = np.concatenate([of[positions] for of, positions in zip(rows, own)])
+    items = (
+        (_take(images, positions), *([column[i] for i in of[positions]] for column in columns))
+        for images, of, positions in zip(chunks, rows, own)
+    )
+    with _own_devices():  # for the programs of rewards: other processes have other rows
+        scores = score(items)
+    whole = np.full((len(scores), sum(map(len, rows))), np.nan, np.float32)
     whole[:, index] = list(scores.values())
-    held = np.zeros(len(images), bool)
-    held[index] = True
-    by_process, held = multihost_utils.process_allgather((whole, held))  # [N, rewards, B], [N, B]
-    merged = by_process[held.argmax(0), :, np.arange(len(images))]  # of the first process that has the row
-    return dict(zip(scores, merged.T))
+    if jax.process_count() > 1:
+        held = np.zeros(whole.shape[1], bool)
+        held[index] = True
+        by_process, held = multihost_utils.process_allgather((whole, held))  # [N, rewards, B], [N, B]
+        whole = by_process[held.argmax(0), :, np.arange(whole.shape[1])].T  # of the first process that has the row
+    return dict(zip(scores, whole))
 
 
-def _own_rows(images: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the rows that this process scores, at least one, and the rows."""
-    if isinstance(images, jax.Array) and not images.is_fully_replicated:
-        shards = {shard.index[0].indices(len(images)): shard.data for shard in images.addressable_shards}
-        index = np.concatenate([np.arange(*rows) for rows in shards])
-        return index, np.concatenate([np.asarray(data) for data in shards.values()])
+def _own_devices() -> contextlib.AbstractContextManager:
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    local = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    return jax.set_mesh(local)
+
+
+def _own_rows(images: jax.Array | np.ndarray) -> np.ndarray:
+    """Positions of the rows that this process scores, at least one."""
+    if jax.process_count() == 1:
+        return np.arange(len(images))
+    if _is_spread(images):
+        return np.concatenate([np.arange(*rows) for rows in _parts(images)])
     index = np.arange(len(images))[jax.process_index() :: jax.process_count()]
-    index = index if index.size else np.zeros(1, int)
-    return index, np.asarray(images)[index]
+    return index if index.size else np.zeros(1, int)
+
+
+def _take(images: jax.Array | np.ndarray, positions: np.ndarray) -> jax.Array | np.ndarray:
+    """The rows at these positions, which are this process's own."""
+    if jax.process_count() == 1:
+        return images
+    if _is_spread(images):
+        return np.concatenate([np.asarray(part) for part in _parts(images).values()])
+    return np.asarray(images)[positions]
+
+
+def _is_spread(images: jax.Array | np.ndarray) -> TypeGuard[jax.Array]:
+    return isinstance(images, jax.Array) and not images.is_fully_replicated
+
+
+def _parts(images: jax.Array) -> dict[tuple[int, int, int], jax.Array]:
+    """What this process holds of an array that is sharded by rows, by their range."""
+    return {shard.index[0].indices(len(images)): shard.data for shard in images.addressable_shards}

@@ -50,10 +50,13 @@ def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def throughput(line: Mapping, timer: PhaseTimer, samples: int, flops: float, devices: int) -> dict[str, float]:
+def throughput(
+    line: Mapping, timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
+) -> dict[str, float]:
     """Pictures a second of an iteration, and the model FLOPs utilisation where the chip's peak is known.
 
-    A gradient counts as three evaluations; recomputation is not counted.
+    A gradient counts as three evaluations; recomputation is not counted. The utilisation is of the seconds of rollout
+    and update; of all, where rollouts are `overlapped` with rewards.
     """
     work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
@@ -61,7 +64,8 @@ def throughput(line: Mapping, timer: PhaseTimer, samples: int, flops: float, dev
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     if peak:
         done = flops * (line["nfe/rollout"] + 3 * line["nfe/update"])
-        result["time/utilisation"] = done / (work["rollout"] + work["update"]) / (peak * devices)
+        busy = sum(work.values()) if overlapped else work["rollout"] + work["update"]
+        result["time/utilisation"] = done / busy / (peak * devices)
     return result
 
 

@@ -85,14 +85,17 @@ def test_here_there_is_no_tpu():
 
 
 def test_one_process_scores_and_gathers_as_if_there_were_none():
-    images, seen = np.zeros((3, 2, 2, 3), np.uint8), []
+    chunks, seen = [np.zeros((2, 2, 2, 3), np.uint8), np.ones((1, 2, 2, 3), np.uint8)], []
 
-    def score(*arguments):
-        seen.append(arguments)
-        return {"a": np.arange(3.0)}
+    def score(items):
+        for images, *columns in items:
+            seen.append((images, *columns))
+        return {"a": np.array([0.0, 2.0, 1.0])}
 
-    assert distributed.map_rows(score, images, ["x", "y", "z"])["a"].tolist() == [0, 1, 2]
-    assert seen[0][0] is images
+    rows = [np.array([0, 2]), np.array([1])]
+    assert distributed.map_rows(score, chunks, rows, ["x", "y", "z"])["a"].tolist() == [0, 1, 2]
+    assert [images is chunk for (images, _), chunk in zip(seen, chunks)] == [True, True]
+    assert [column for _, column in seen] == [["x", "z"], ["y"]]
     assert distributed.gather(jax.numpy.arange(3)).tolist() == [0, 1, 2]
 
 
@@ -103,7 +106,7 @@ def test_every_row_has_a_process_and_every_process_a_row(monkeypatch, rows, proc
     taken = []
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        positions, values = distributed._own_rows(images)
-        assert positions.size and (values == images[positions]).all()
+        positions = distributed._own_rows(images)
+        assert positions.size and (distributed._take(images, positions) == images[positions]).all()
         taken.extend(positions)
     assert set(taken) == set(range(rows))

@@ -27,12 +27,14 @@ from mixgrpo_jax import config as configs, evaluate, sample, train
 from mixgrpo_jax.runtime import distributed
 
 distributed.initialize()
-workdir, folder, rank = sys.argv[1:]
+workdir, folder, rank, off_policy = sys.argv[1:]
 config = configs.load("mixgrpo", "configs/any.py")
 config.model.folder, config.model.lora.rank = folder, int(rank)
+config.one_step_off_policy = bool(int(off_policy))
 config.iterations, config.checkpoint.every = 3, 2
 config.mesh.data, config.mesh.fsdp = 2, -1
-config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 1, 8
+config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 4, 2, 8
+config.batch.decode = 8
 config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 3, 1, 1
 config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 6, 2
 config.rewards, config.watched = dict(colour=1.0), ("ocr",)
@@ -43,13 +45,13 @@ if config.model.lora.rank:
 """
 
 
-def run(workdir, folder, processes, rank=0):
+def run(workdir, folder, processes, rank=0, off_policy=False):
     """Train in `workdir` by so many processes of eight devices together; returns its metrics but what a clock says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
     told["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
-    command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank)]
+    command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank), str(int(off_policy))]
     started = []
     try:
         for index in range(processes):
@@ -123,3 +125,15 @@ def test_two_processes_train_adapters_evaluate_and_sample(folder, tmp_path):
     assert [line["iteration"] for line in log] == [0, 1, 2, 3]
     assert (tmp_path / "lora" / "held_out.png").is_file()
     assert len(list((tmp_path / "lora" / "samples").glob("00?.png"))) == 3
+
+
+def test_off_policy_two_processes_train_as_one_and_go_on_where_they_stopped(folder, tmp_path):
+    logs = {processes: run(tmp_path / str(processes), folder, processes, off_policy=True)[0] for processes in (1, 2)}
+    assert [line["iteration"] for line in logs[2]] == [0, 1, 2, 3]
+    assert logs[2][-1]["ratio/max_deviation"] > logs[2][1]["ratio/max_deviation"]
+    assert_close(logs[2], logs[1])
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / "3")
+    resumed, _ = run(tmp_path / "2", folder, 2, off_policy=True)
+    assert resumed[-1].pop("compilations") == 1  # its rollout was in the checkpoint, and only the update is left
+    assert logs[2][-1].pop("compilations") == 2
+    assert_close(resumed, logs[2])
