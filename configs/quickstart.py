@@ -9,9 +9,9 @@ prompts, one seed: 0.924).
 from mixgrpo_jax import config as configs
 
 
-def get_config():
-    """MixGRPO's recipe on `signs`."""
-    config = configs.load("mixgrpo", __file__, "signs")
+def get_config(on="signs"):
+    """MixGRPO's recipe on the task `on`, with more prompts."""
+    config = configs.load("mixgrpo", __file__, on)
     config.batch.prompts = 16
     config.plan.bound = 6  # what a sign says is decided early; later windows cost reading
     config.evaluation.prompts = 512

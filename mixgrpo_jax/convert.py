@@ -107,7 +107,7 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
     settings = json.loads(file.read_text())
     options = settings["model"]
-    folder = pathlib.Path(options["folder"] or policy.SHIPPED)
+    folder = policy.find(options["folder"])
     path = pathlib.Path(options.get("transformer") or folder / "transformer")
     if not path.exists():
         raise ValueError(f"{file} names the base {path}, which is not there: set model.folder in it to where it is")

@@ -85,7 +85,7 @@ def encode(
         ValueError: a source, prompts or numbers that cannot be, too little room on the disk, or a target that was begun
             with others; always before anything is written.
     """
-    folder = pathlib.Path(source).expanduser() if source else policies.SHIPPED
+    folder = policies.find(source).expanduser()
     check_batch(batch)
     rows = filters.apply(prompt_sources.read(prompts, field, split))
     parts, params = load_encoders(folder)

@@ -196,7 +196,7 @@ def table(result: dict[str, Any]) -> str:
 def find_parts(settings: Settings, architecture: str) -> policies.Parts:
     """The parts of a config's model: from its folder's configs, or where there is none a released model's."""
     options = settings.config.model
-    if not options.folder or pathlib.Path(options.folder).is_dir():
+    if policies.find(options.folder).is_dir():
         return skeleton.read_parts(options.folder, options.transformer)
     print(f"model.folder={options.folder!r} is not here: sizes are those of {architecture}")
     return skeleton.known_parts(architecture)

@@ -136,17 +136,17 @@ class HeldOut:
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:
     """Mean scores as text: over all samples, then by each label of their groups, {kind: label} for each sample."""
-    lines = [f"{'':<16}{'n':>6}" + "".join(f"{name:>10}" for name in scores)]
-
-    def add(title, chosen):
-        means = "".join(f"{values[chosen].mean():>10.3f}" for values in scores.values())
-        lines.append(f"{title:<16}{chosen.sum():>6}{means}")
-
-    add("all", np.ones(len(next(iter(scores.values()))), bool))
+    rows = {"all": np.ones(len(next(iter(scores.values()))), bool)}
     for kind in dict.fromkeys(kind for group in groups for kind in group):
         labels = np.array([group.get(kind, "") for group in groups])
-        for label in np.unique(labels):
-            add(f"{kind} {label}", labels == label)
+        rows |= {f"{kind} {label}": labels == label for label in np.unique(labels)}
+
+    title = max(map(len, rows)) + 2
+    columns = {name: max(len(name) + 2, 10) for name in scores}
+    lines = [f"{'':<{title}}{'n':>6}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
+    for row, chosen in rows.items():
+        means = "".join(f"{scores[name][chosen].mean():>{width}.3f}" for name, width in columns.items())
+        lines.append(f"{row:<{title}}{chosen.sum():>6}{means}")
     return "\n".join(lines)
 
 

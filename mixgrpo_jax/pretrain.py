@@ -75,7 +75,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     configs.resolve(config)
     workdir, options = pathlib.Path(workdir), config.pretrain
     task = TASKS[config.data.name]
-    parts = policies.signs_parts(task.build_tokenizer())
+    parts = policies.small_parts(task.build_tokenizer())
     policy = policies.make(parts, config.model)
     key = jax.random.key(config.seed)
     optimiser, step = make_step(policy, options)

@@ -18,11 +18,12 @@ def test_every_recipe_resolves(name):
 
 
 def test_recipes_differ_from_their_task_in_the_method_only():
-    task = configs.load("signs", HERE).to_dict()
-    for name in [name for name in RECIPES if not name.startswith(("flux", "quickstart", "signs"))]:
-        recipe = configs.load(name, HERE).to_dict()
-        changed = {key for key in task if recipe[key] != task[key]}
-        assert changed <= {"plan", "sampler", "batch", "advantage", "objective"}, name
+    for on in ("signs", "scenes"):
+        task = configs.load(on, HERE).to_dict()
+        for name in [name for name in RECIPES if not name.startswith(("flux", "quickstart", "signs", "scenes"))]:
+            recipe = configs.load(name, HERE, on).to_dict()
+            changed = {key for key in task if recipe[key] != task[key]}
+            assert changed <= {"plan", "sampler", "batch", "advantage", "objective"}, (name, on)
 
 
 def test_published_settings():
@@ -71,7 +72,7 @@ def test_unknown_fields_and_wrong_types_are_refused():
         ("model.attention", "flash", "model.attention='flash'.*choose"),
         ("model.lora.rank", -1, "lora.rank=-1 must be positive"),
         ("evaluation.trained_steps", 21, r"evaluation.trained_steps=21 is not in 0..10"),
-        ("data.name", "scenes", "data.name='scenes'.*choose"),
+        ("data.name", "scene", "data.name='scene'.*choose from features, scenes, signs"),
         ("evaluation.solver", "rk4", "evaluation.solver='rk4'.*choose"),
     ],
 )

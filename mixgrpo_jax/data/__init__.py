@@ -5,6 +5,6 @@ batch, and `groups(metadata)`, the labels that an evaluation is reported by. A b
 and may have `features`, what a policy's text encoders say of the prompts.
 """
 
-from mixgrpo_jax.data import features, signs
+from mixgrpo_jax.data import features, scenes, signs
 
-TASKS = {"signs": signs, "features": features}
+TASKS = {"signs": signs, "scenes": scenes, "features": features}

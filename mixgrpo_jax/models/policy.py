@@ -19,7 +19,9 @@ from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.models.text import clip, t5
 from mixgrpo_jax.models.vae import VAEConfig
 
-SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "signs"
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+SHIPPED = ASSETS / "signs"
+SHIPS = "shipped:"
 
 # Column-parallel into a block, row-parallel out of it; everything else is only cut by fsdp and context. The first axis
 # of a block's parameter is the block's index, over which the scan runs: it stays whole.
@@ -76,9 +78,23 @@ class Parts:
     vae: VAEConfig | None = None
 
 
-def signs_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
+def small_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
     """The embedded default: FLUX.1's architecture at width 128 over a two-layer T5."""
     return Parts(flux.flux_small(), t5.t5_tiny(vocab_size=64), tokenizer)
+
+
+def find(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a checkpoint; "shipped:NAME" is one of those in the package, and "" is its `signs`.
+
+    Raises ValueError for a name that does not ship.
+    """
+    if not str(folder).startswith(SHIPS):
+        return pathlib.Path(folder) if folder else SHIPPED
+    name = str(folder).removeprefix(SHIPS)
+    known = sorted(path.name for path in ASSETS.iterdir())
+    if name not in known:
+        raise ValueError(f"model.folder={str(folder)!r} does not ship with the package; choose from {', '.join(known)}")
+    return ASSETS / name
 
 
 def init(parts: Parts, key: Array) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def load(
     they are.
 
     Args:
-        folder: the folder; "" is the checkpoint that ships with the package.
+        folder: the folder, see `find`.
         transformer: where else to take the transformer from: a folder, or FLUX.1's original single file.
         text: whether to read the text encoders; with cached features they are not needed.
         dtype: of the transformer's parameters; the file's own by default.
@@ -113,7 +129,7 @@ def load(
 
     Raises ValueError where a part is missing.
     """
-    folder = pathlib.Path(folder) if folder else SHIPPED
+    folder = find(folder)
     source = pathlib.Path(transformer) if transformer else folder / "transformer"
     for needed in (source, *([folder / "text_encoder_2", folder / "tokenizer_2"] if text else [])):
         if not needed.exists():

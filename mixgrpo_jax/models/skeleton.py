@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import transformers
 
 from mixgrpo_jax.models import flux, lora, policy, vae
-from mixgrpo_jax.models.policy import SHIPPED, Parts, Trainable
+from mixgrpo_jax.models.policy import Parts, Trainable
 from mixgrpo_jax.models.text import clip, t5
 
 ARCHITECTURES = {"flux1-dev": flux.flux1_dev, "flux1-schnell": flux.flux1_schnell}
@@ -23,7 +23,7 @@ def known_parts(architecture: str) -> Parts:
 
 def read_parts(folder: str | pathlib.Path, transformer: str = "") -> Parts:
     """The parts that `policy.load` reads, from their configs and tokenizers alone. Raises ValueError as it does."""
-    folder = pathlib.Path(folder) if folder else SHIPPED
+    folder = policy.find(folder)
     readers: dict[str, Callable] = {
         "text_encoder": clip.read_config,
         "text_encoder_2": t5.read_config,

@@ -7,7 +7,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixgrpo_jax.rewards import aesthetic, brisque, chat, clip, colour, function, image_reward, jpeg, ocr, remote
+from mixgrpo_jax.rewards import (
+    aesthetic,
+    brisque,
+    chat,
+    clip,
+    colour,
+    function,
+    geneval,
+    image_reward,
+    jpeg,
+    ocr,
+    remote,
+    shapes,
+)
 from mixgrpo_jax.rewards.contract import Images as Images
 from mixgrpo_jax.rewards.contract import Reward as Reward
 
@@ -40,11 +53,23 @@ def _brisque() -> Reward:
     return Reward("brisque", "device", brisque.score)
 
 
+def _geneval(strict: bool = False) -> Reward:
+    """GenEval's score, of the task `scenes`: its pictures' shapes are detected by segmentation."""
+
+    def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        del prompts
+        return geneval.scores(shapes.detect(images), metadata, strict)
+
+    return Reward("geneval_strict" if strict else "geneval", "host", score)
+
+
 REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": _ocr,
     "ocr_dense": _ocr_dense,
     "colour": _colour,
     "strict": _strict,
+    "geneval": _geneval,
+    "geneval_strict": lambda: _geneval(strict=True),
     "hps": clip.hps,
     "pickscore": clip.pickscore,
     "clipscore": clip.clipscore,

@@ -65,6 +65,13 @@ def test_saved_and_loaded(shipped, tmp_path):
         policies.load(tmp_path)
 
 
+def test_what_ships_is_found_by_name(tmp_path):
+    assert policies.find("") == policies.find("shipped:signs") == policies.SHIPPED
+    assert policies.find(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match=r"model.folder='shipped:none' does not ship .*choose from .*signs"):
+        policies.find("shipped:none")
+
+
 def test_adapters_start_as_the_base_and_leave_it_alone(shipped):
     _, params, policy = shipped
     base = params["transformer"]

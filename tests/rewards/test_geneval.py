@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.data import prompts
-from mixgrpo_jax.rewards import geneval, wire
+from mixgrpo_jax.data.scenes import KINDS, lay_out, sample_scenes
+from mixgrpo_jax.data.shapes import render
+from mixgrpo_jax.rewards import REWARDS, geneval, remote, wire
 from mixgrpo_jax.rewards.geneval import MAX_OBJECTS, RELATIONS, TAGS, Detection, judge, relations
 
 # One prompt of every kind, as GenEval's own file has them.
@@ -195,3 +197,31 @@ def test_a_file_of_genevals_reaches_the_rule_through_the_wire(tmp_path):
     received = wire.decode(wire.encode(sent), wire.ARCHIVE, wire.Limits(images=8, bytes=10_000))
     assert received.metadata == [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
     assert [geneval.parse(m) for m in received.metadata] == [geneval.parse(row) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes("test", 60)
+    return np.stack([render(lay_out(scene, rng)) for scene in scenes]), scenes
+
+
+@pytest.mark.parametrize("name", ["geneval", "geneval_strict"])
+def test_rewards_of_scenes(drawn, name):
+    images, scenes = drawn
+    reward = REWARDS[name]()
+    assert reward.where == "host" and reward.name == name
+    texts, metadata = [scene.prompt for scene in scenes], [scene.metadata for scene in scenes]
+    right = reward.score(images, texts, metadata)
+    assert right.dtype == np.float32 and (right == 1).all()
+    others = reward.score(images[::-1], texts, metadata)
+    assert others.mean() < 0.5 and (name == "geneval" or set(others) <= {0, 1})
+    assert {scene.kind for scene in scenes} == set(KINDS)
+
+
+def test_a_server_gives_the_same_scores(drawn, serve):
+    images, scenes = drawn
+    texts, metadata = [scene.prompt for scene in scenes], [scene.metadata for scene in scenes]
+    url = serve(REWARDS["geneval"]().score)
+    far = remote.remote("bright", urls=[url]).score(images[::-1], texts, metadata)
+    np.testing.assert_array_equal(far, REWARDS["geneval"]().score(images[::-1], texts, metadata))

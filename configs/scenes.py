@@ -1,0 +1,19 @@
+"""Scenes: a small FLUX learns to draw shapes for prompts of GenEval's six kinds, at the sizes of `signs`.
+
+    python -m mixgrpo_jax.pretrain --config=configs/scenes.py --workdir=runs/scenes
+
+Hardware: 2 CPU cores. The result ships with the package.
+"""
+
+from mixgrpo_jax import config as configs
+
+
+def get_config():
+    """The settings of `signs` on another task."""
+    config = configs.load("signs", __file__)
+    config.model.folder = "shipped:scenes"
+    config.model.image_size = (24, 24)
+    config.data.name = "scenes"
+    config.rewards = dict(geneval=1.0)
+    config.watched = ("geneval_strict",)
+    return config
