@@ -1,5 +1,6 @@
 """What a trainer sees of a model: a velocity, prompt features, pictures, what is trained, and where parameters lie."""
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def small_parts(tokenizer: transformers.PreTrainedTokenizerBase) -> Parts:
     return Parts(flux.flux_small(), t5.t5_tiny(vocab_size=64), tokenizer)
 
 
-def find(folder: str | pathlib.Path) -> pathlib.Path:
+def find(folder: str | os.PathLike) -> pathlib.Path:
     """The folder of a checkpoint; "shipped:NAME" is one of those in the package, and "" is its `signs`.
 
     Raises ValueError for a name that does not ship.
