@@ -2,7 +2,7 @@
 
     python -m mixgrpo_jax.pretrain --config=configs/scenes.py --workdir=runs/scenes
 
-Hardware: 2 CPU cores. The result ships with the package.
+Hardware: 2 CPU cores. Recipes start from what it writes: train with `--config=configs/quickstart.py:scenes`.
 """
 
 from mixgrpo_jax import config as configs
@@ -11,7 +11,7 @@ from mixgrpo_jax import config as configs
 def get_config():
     """The settings of `signs` on another task."""
     config = configs.load("signs", __file__)
-    config.model.folder = "shipped:scenes"
+    config.model.folder = "runs/scenes/checkpoint"
     config.model.image_size = (24, 24)
     config.data.name = "scenes"
     config.rewards = dict(geneval=1.0)

@@ -38,7 +38,7 @@ def base() -> ml_collections.ConfigDict:
             seed=714,
             iterations=300,
             model=dict(
-                folder="",  # in diffusers' layout; "shipped:scenes" is in the package, and so is "", of signs
+                folder="",  # in diffusers' layout; "shipped:NAME" is in the package, and so is "", of signs
                 transformer="",  # another place for the transformer alone: a folder, or the original file
                 image_size=(16, 48),  # rows, columns
                 text_length=12,  # T5 tokens of a prompt, padding included
