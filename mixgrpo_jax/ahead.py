@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models import skeleton
 from mixgrpo_jax.programs import make_programs
+from mixgrpo_jax.rewards import OnDevice, sketch
 from mixgrpo_jax.runtime import mesh as meshes
 
-# what of the resident kinds each program takes; the others lie beside it
+# what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.
 ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
 ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
@@ -22,7 +24,8 @@ ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind.
 
-    The program that decodes is that of a chunk, see `programs.decode_chunks`.
+    The programs that decode and that score are those of a chunk, see `programs.decode_chunks`. Each host scores its own
+    rows on its own devices.
     """
     config, text = settings.config, settings.config.data.name != "features"
 
@@ -42,7 +45,7 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
     tokens, cond = skeleton.inputs(parts, config.batch.prompts, config.model.text_length)
     advantage = np.zeros(settings.samples, np.float32)
 
-    phases = {}
+    phases: dict[str, Any] = {}
     with jax.set_mesh(mesh):
         if text:
             phases["features"] = programs.features.lower(frozen, tokens)
@@ -52,13 +55,27 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
         sampled = meshes.placed(sampled, programs.places)
         phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
         phases["decode"] = programs.decode.lower(frozen, sampled.x0, 0)
+        models = sketch([*config.rewards, *config.watched], config.reward_options)
+        lowered = {
+            name: lower_reward(model, settings, programs.chunks.shape[1], mesh) for name, model in models.items()
+        }
+        phases |= {name: program for name, (program, _) in lowered.items()}
         phases["update"] = programs.update.lower(state, trainable.base, sampled.rows, advantage, cond, plan.train)
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
     resident["base" if settings.lora.rank else "reference"] = size(trainable.base)
     resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
+    resident |= {name: size(params) for name, (_, params) in lowered.items()}
     return phases, resident
+
+
+def lower_reward(model: OnDevice, settings: Settings, images: int, mesh: Any) -> tuple[Any, Any]:
+    """A reward's program for one host's share of so many images, and its parameters' shapes."""
+    own = [device for device in mesh.devices.flat if device.process_index == 0]
+    local = jax.make_mesh((len(own),), ("data",), (AxisType.Auto,), devices=own)
+    with jax.set_mesh(local):
+        return model.lower(max(1, images * len(own) // mesh.size), settings.config.model.image_size, local)
 
 
 def compile_phase(lowered: Any) -> tuple[Any, float]:
@@ -75,7 +92,7 @@ def compile_phase(lowered: Any) -> tuple[Any, float]:
 def memory(phase: str, compiled: Any, resident: dict[str, float]) -> dict[str, float]:
     """Bytes a device in a phase, by kind. What the program does not take stays beside it."""
     stats = compiled.memory_analysis()
-    own = sum(resident.get(kind, 0.0) for kind in ARGUMENTS[phase])
+    own = sum(resident.get(kind, 0.0) for kind in ARGUMENTS.get(phase, (phase,)))
     sizes = resident | {
         "batch": max(stats.argument_size_in_bytes - own, 0.0),
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,

@@ -32,6 +32,7 @@ from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import attention, skeleton
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.programs import decode_chunks, prefix_rows
+from mixgrpo_jax.rewards import sketch
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -39,7 +40,7 @@ GIB = 2.0**30
 BOUND = (
     "the largest of compute, memory and interconnect in each phase, at full utilisation: peak bf16 products, the "
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
-    "phases, no rewards, no host"
+    "phases, no host"
 )
 
 
@@ -91,7 +92,7 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
             result["notes"].append(remedy(phase, settings, mesh, sum(resident.values()) / chip.hbm))
         if compiled is None:
             continue
-        times = chunks if phase == "decode" else 1
+        times = 1 if phase in ("features", "rollout", "update") else chunks
         cost = hlo.cost(compiled.as_text(), shares if phase == "rollout" else (), attention.kernel_flops)
         flops = {"compiled": times * cost.flops * mesh.size}
         if phase in expected:
@@ -117,6 +118,9 @@ def notes(settings: Settings, mesh: Any) -> list[str]:
                 f"{name}={size} does not divide over data x fsdp = {ways}: every device computes all of it. Choose a "
                 f"multiple, or a larger mesh.tensor (now {mesh.shape['tensor']})"
             )
+    rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
+    if rest := [name for name in rewards if name not in sketch(rewards, settings.config.reward_options)]:
+        found.append(f"not counted: rewards {', '.join(rest)}")
     if settings.config.model.attention == "xla":
         found.append("model.attention='xla' makes the scores of all pairs of tokens; 'auto' takes TPU's fused kernel")
     return found
@@ -169,10 +173,11 @@ def table(result: dict[str, Any]) -> str:
     sizes, seconds = result["bytes_per_device"], result["seconds_per_iteration"]
 
     def block(title: str, columns: dict[str, dict[str, float]], scale: float = 1.0) -> None:
-        lines.append(f"{title:<24}" + "".join(f"{phase:>12}" for phase in columns))
+        widths = [max(12, len(phase) + 2) for phase in columns]
+        lines.append(f"{title:<24}" + "".join(f"{phase:>{width}}" for phase, width in zip(columns, widths)))
         for row in dict.fromkeys(row for column in columns.values() for row in column):
             cells = (f"{c[row] / scale:.5g}" if c.get(row) is not None else "-" for c in columns.values())
-            lines.append(f"  {row:<22}" + "".join(f"{cell:>12}" for cell in cells))
+            lines.append(f"  {row:<22}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
         lines.append("")
 
     block("GiB a device", sizes, GIB)

@@ -91,6 +91,13 @@ def init(config: CLIPConfig, key: jax.Array) -> Params:
     }
 
 
+def shapes(config: CLIPConfig, dtype: Any) -> Params:
+    """What `load` gives, of whatever weights, as shapes; the towers in `dtype`."""
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    towers = {part: params[part] for part in ("text", "vision")}
+    return params | jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), towers)
+
+
 def embed_text(config: CLIPConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Unit vectors of token ids [B, L]: fp32 [B, projection_dim]. Matmuls are in `dtype`."""
     return _unit(text_tower.apply(config.text, params["text"], tokens, dtype)[1])

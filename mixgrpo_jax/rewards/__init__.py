@@ -23,6 +23,7 @@ from mixgrpo_jax.rewards import (
 )
 from mixgrpo_jax.rewards.contract import Images as Images
 from mixgrpo_jax.rewards.contract import Reward as Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 
 
 def _ocr(where: Literal["host", "device"] = "host") -> Reward:
@@ -83,6 +84,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "chat": chat.chat,
 }
 
+FILES = {"weights", "tokenizer", "head"}  # options that name files of a model on the device
+
 
 def build(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
     """The rewards of these names, each with its options as keywords.
@@ -105,6 +108,17 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
     except TypeError as error:
         raise ValueError(f"reward_options.{name}={options}: {error}; {kind} takes {signature}") from None
     return dataclasses.replace(REWARDS[kind](**options), name=name)
+
+
+def sketch(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, OnDevice]:
+    """Of the rewards of these names, those that load a model's weights onto the device, with shapes in their place."""
+    found = {}
+    for name in names:
+        own = dict(options.get(name, {}))
+        files = inspect.signature(REWARDS.get(own.get("kind", name), dict)).parameters.keys() & FILES
+        if "weights" in files:
+            found[name] = _build(name, own | dict.fromkeys(files) | {"probe": None}).score
+    return found
 
 
 def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:

@@ -40,8 +40,8 @@ class Aesthetic:
 
 
 def aesthetic(
-    weights: str | os.PathLike,
-    head: str | os.PathLike,
+    weights: str | os.PathLike | None,
+    head: str | os.PathLike | None,
     *,
     config: CLIPConfig | None = None,
     **options: Unpack[Options],
@@ -49,7 +49,8 @@ def aesthetic(
     """The LAION aesthetic score, some 1 to 10.
 
     Args:
-        weights: those of openai/clip-vit-large-patch14, a file or a folder; only the image encoder is kept.
+        weights: those of openai/clip-vit-large-patch14, a file or a folder; only the image encoder is kept. With None
+            for weights and head, parameters are shapes, see `OnDevice.lower`.
         head: sac+logos+ava1-l14-linearMSE.pth, or the same tensors as safetensors.
         config: another model than ViT-L/14.
         options: see `rewards.on_device.Options`.
@@ -58,7 +59,9 @@ def aesthetic(
         ValueError: weights or a head that do not fit, or a probe that fails.
     """
     score = Aesthetic(config or clip.clip_l14(), options.get("dtype", jnp.bfloat16))
-    weight, bias = collapse(read_weights(head), score.config.vision.projection_dim)
+    width = score.config.vision.projection_dim
+    nothing = np.zeros(width, np.float32), np.zeros((), np.float32)
+    weight, bias = nothing if head is None else collapse(read_weights(head), width)
     params = load_params(weights, score.config, options, parts=("vision",)) | {"weight": weight, "bias": bias}
     return build("aesthetic", score, params, lambda prompts: None, options)
 

@@ -1,6 +1,7 @@
 """How well a picture matches its prompt, by the angle between CLIP's two embeddings: HPS-v2.1, PickScore, CLIPScore.
 
 Weights load from the layout of open_clip or of transformers, whichever a file has, as safetensors or by torch.save.
+With None for weights and tokenizer, a reward has shapes for parameters, and can only be lowered (`OnDevice.lower`).
 """
 
 import os
@@ -52,7 +53,9 @@ class Similarity:
         return (scale * jnp.sum(image * text, axis=-1) - self.shift) / self.divisor
 
 
-def hps(weights: File, tokenizer: File, *, config: CLIPConfig | None = None, **options: Unpack[Options]) -> Reward:
+def hps(
+    weights: File | None, tokenizer: File | None, *, config: CLIPConfig | None = None, **options: Unpack[Options]
+) -> Reward:
     """HPS-v2.1: cos(image, text), some 0.2 to 0.35.
 
     Args:
@@ -69,8 +72,8 @@ def hps(weights: File, tokenizer: File, *, config: CLIPConfig | None = None, **o
 
 
 def pickscore(
-    weights: File,
-    tokenizer: File,
+    weights: File | None,
+    tokenizer: File | None,
     *,
     normalise: Literal["flow_grpo", "mixgrpo"] | None = None,
     config: CLIPConfig | None = None,
@@ -97,8 +100,8 @@ def pickscore(
 
 
 def clipscore(
-    weights: File,
-    tokenizer: File,
+    weights: File | None,
+    tokenizer: File | None,
     *,
     model: Literal["dfn", "openai"] = "dfn",
     config: CLIPConfig | None = None,
@@ -131,16 +134,21 @@ def clipscore(
     return _build("clipscore", score, weights, load_tokenizer(tokenizer, score.config.text), options)
 
 
-def load_params(weights: File, config: CLIPConfig, options: Options, parts: Sequence[str] = clip.PARTS) -> clip.Params:
+def load_params(
+    weights: File | None, config: CLIPConfig, options: Options, parts: Sequence[str] = clip.PARTS
+) -> clip.Params:
     """Parameters of a CLIP on the host, from either layout of weights, in the dtype of the options."""
-    tensors = read_weights(weights)
     dtype = jnp.dtype(options.get("dtype", jnp.bfloat16))
+    if weights is None:
+        shapes = clip.shapes(config, dtype)
+        return {part: shapes[part] for part in parts}
+    tensors = read_weights(weights)
     return clip.load(config, tensors, rules=open_clip.rules_for(tensors), parts=parts, dtype=dtype)
 
 
-def _open_clip_tokenizer(folder: File, score: Similarity) -> Tokenize:
+def _open_clip_tokenizer(folder: File | None, score: Similarity) -> Tokenize:
     return load_tokenizer(folder, score.config.text, mended)
 
 
-def _build(name: str, score: Similarity, weights: File, tokenize: Tokenize, options: Options) -> Reward:
+def _build(name: str, score: Similarity, weights: File | None, tokenize: Tokenize, options: Options) -> Reward:
     return build(name, score, load_params(weights, score.config, options), tokenize, options)

@@ -15,20 +15,24 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 
 def load_tokenizer(
-    folder: str | os.PathLike, config: CLIPTextConfig, clean: Callable[[str], str] = lambda text: text
+    folder: str | os.PathLike | None, config: CLIPTextConfig, clean: Callable[[str], str] = lambda text: text
 ) -> Tokenize:
     """`tokenize(prompts) -> ids`, int32 [B, max_position_embeddings], with CLIP's byte-pair encoding.
 
     Ids are <|startoftext|>, the text's, <|endoftext|> and padding; a longer text is cut and keeps its end.
 
     Args:
-        folder: as transformers saves a tokenizer, with tokenizer.json, or vocab.json and merges.txt.
+        folder: as transformers saves a tokenizer, with tokenizer.json, or vocab.json and merges.txt. With None, all ids
+            are 0.
         config: the text encoder that the ids are for.
         clean: what is done to each prompt before.
 
     Raises:
         ValueError: no such folder, or a tokenizer whose ids are not the encoder's.
     """
+    length = config.max_position_embeddings
+    if folder is None:
+        return lambda prompts: np.zeros((len(prompts), length), np.int32)
     folder = Path(folder).expanduser()
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(
@@ -44,7 +48,6 @@ def load_tokenizer(
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         texts = [clean(prompt) for prompt in prompts]
-        length = config.max_position_embeddings
         return np.array(
             tokenizer(texts, padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32
         )

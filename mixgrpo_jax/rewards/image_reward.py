@@ -53,14 +53,19 @@ def score(
 
 
 def image_reward(
-    weights: str | os.PathLike, tokenizer: str | os.PathLike, *, config: BLIPConfig = V1, **options: Unpack[Options]
+    weights: str | os.PathLike | None,
+    tokenizer: str | os.PathLike | None,
+    *,
+    config: BLIPConfig = V1,
+    **options: Unpack[Options],
 ) -> Reward:
     """ImageReward v1.0, some -2 to 2, in fp32 unless the options say otherwise.
 
     A prompt is cut at 35 tokens, as in training.
 
     Args:
-      weights: ImageReward.pt as released, or its tensors by the same names in a .safetensors file.
+      weights: ImageReward.pt as released, or its tensors by the same names in a .safetensors file. With None for
+        weights and tokenizer, parameters are shapes, see `OnDevice.lower`.
       tokenizer: folder of the tokenizer of bert-base-uncased.
       config: sizes of the towers.
       options: see `rewards.on_device.Options`.
@@ -68,8 +73,9 @@ def image_reward(
     Raises:
       ValueError: files that are absent, or that do not fit the config, or a probe that fails; the message names them.
     """
-    words, dtype = load_tokenizer(tokenizer, config), jnp.dtype(options.get("dtype", jnp.float32))
-    params = blip.load(config, torch_io.read_weights(weights), dtype)
+    dtype = jnp.dtype(options.get("dtype", jnp.float32))
+    words = tokenizer and load_tokenizer(tokenizer, config)
+    params = blip.load(config, torch_io.read_weights(weights), dtype) if weights else blip.shapes(config, dtype)
 
     def run(params: blip.Params, images: jax.Array, text: tuple[np.ndarray, np.ndarray]) -> jax.Array:
         return score(params, images, *text, config=config, dtype=dtype)
@@ -93,7 +99,9 @@ def load_tokenizer(folder: str | os.PathLike, config: BLIPConfig) -> transformer
     return words
 
 
-def tokenize(words: transformers.BertTokenizer, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of prompts, int32 [B, 35]: [CLS], the text, [SEP], cut or padded to that length."""
+def tokenize(words: transformers.BertTokenizer | None, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of prompts, int32 [B, 35]: [CLS], the text, [SEP], cut or padded to that length; or all 0."""
+    if words is None:
+        return (np.zeros((len(prompts), LENGTH), np.int32),) * 2
     rows = words(prompts, padding="max_length", truncation=True, max_length=LENGTH)
     return np.asarray(rows["input_ids"], np.int32), np.asarray(rows["attention_mask"], np.int32)

@@ -1,12 +1,13 @@
 """Rewards that are a model on the device."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import jax
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.rewards import probe
@@ -30,11 +31,12 @@ class OnDevice:
     """`Reward.score` of a model on the device: one program from bytes to scores, compiled once for a batch's shape.
 
     It runs where its images are: those that are sharded over a mesh are scored in their places, and others are dealt
-    out over the mesh that is set, if their number divides. Parameters are put on every device of it, once.
+    out over the mesh that is set, if their number divides. Each of its devices keeps a part of the parameters, and has
+    all of them only while the program runs.
 
     Attributes:
         function: `(params, images, tokens) -> scores`, differentiable in float images.
-        params: of the model, on the host.
+        params: of the model, on the host; or their shapes, of a model that is not to run, see `lower`.
         tokenize: prompts -> the function's tokens.
     """
 
@@ -46,17 +48,39 @@ class OnDevice:
         """Scores [B]."""
         del metadata
         images = _spread(images)
-        sharding = images.sharding
-        everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-        return self._program(self._placed(everywhere), images, self.tokenize(prompts))
+        mesh = images.sharding.mesh if isinstance(images.sharding, NamedSharding) else None
+        return self._program(mesh)(self._placed(mesh), images, self.tokenize(prompts))
 
-    @functools.cached_property
-    def _program(self) -> Callable[..., jax.Array]:
-        return jax.jit(self.function)
+    def lower(self, images: int, size: Sequence[int], mesh: Mesh) -> tuple[jax.stages.Lowered, Any]:
+        """The program for so many images of `size` over a mesh, and its parameters' shapes as they lie there."""
+        parts = _parts(self.params, mesh)
+        params = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), self.params, parts)
+        dealt = NamedSharding(mesh, P(mesh.axis_names) if images % mesh.size == 0 else P())
+        pixels = jax.ShapeDtypeStruct((images, *size, 3), np.uint8, sharding=dealt)
+        return self._program(mesh).lower(params, pixels, self.tokenize([""] * images)), params
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (as long-lived as the parameters that it holds)
-    def _placed(self, sharding: NamedSharding | None) -> Any:
-        return jax.device_put(self.params, sharding)
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (as long-lived as the parameters)
+    def _program(self, mesh: Mesh | None) -> Any:
+        def run(params: Any, images: jax.Array, tokens: Any) -> jax.Array:
+            if mesh is not None:
+                params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
+            return self.function(params, images, tokens)
+
+        return jax.jit(run)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _placed(self, mesh: Mesh | None) -> Any:
+        return jax.device_put(self.params, None if mesh is None else _parts(self.params, mesh))
+
+
+def _parts(params: Any, mesh: Mesh) -> Any:
+    """Shardings that cut the last axis of each parameter over the whole mesh, where it divides."""
+
+    def place(leaf: Any) -> NamedSharding:
+        cut = leaf.ndim and leaf.shape[-1] % mesh.size == 0
+        return NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), mesh.axis_names) if cut else P())
+
+    return jax.tree.map(place, params)
 
 
 def _spread(images: Images) -> jax.Array:

@@ -182,6 +182,13 @@ def test_pictures_that_are_sharded_over_a_batch_score_the_same():
             assert len(parts.sharding.device_set) == 4 and not parts.is_fully_replicated
         print(max(np.abs(parts - whole).max() for parts in (sharded, dealt)), np.ptp(whole))
         np.testing.assert_allclose(few, whole[:3], rtol=1e-5)
+
+        program, shapes = score.lower(8, (64, 64), mesh)
+        params = jax.device_put(score.params, jax.tree.map(lambda shape: shape.sharding, shapes))
+        again = program.compile()(params, jax.device_put(images, sharded.sharding), score.tokenize(prompts))
+        np.testing.assert_array_equal(again, sharded)
+        held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
+        assert held < 0.3 * sum(a.nbytes for a in jax.tree.leaves(params)), held
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(code)]

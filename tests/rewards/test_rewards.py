@@ -1,3 +1,6 @@
+import math
+
+import jax
 import pytest
 
 from mixgrpo_jax import config as configs
@@ -13,6 +16,21 @@ def test_rewards_are_built_with_their_options(monkeypatch):
     monkeypatch.setitem(REWARDS, "bright", bright)
     options = {"bright": {"limit": 3}, "mine": {"kind": "bright", "limit": 4}, "unused": {}}
     assert [reward.name for reward in build(["mine", "bright", "colour"], options)] == ["mine", "bright", "colour"]
+
+
+def test_models_on_the_device_are_sketched_without_their_files():
+    config = configs.load("flux_dev", "configs/any.py")
+    models = rewards.sketch([*config.rewards, "colour", "ocr"], config.reward_options)
+    sizes = {name: sum(math.prod(a.shape) for a in jax.tree.leaves(model.params)) for name, model in models.items()}
+    assert {name: round(size / 1e6) for name, size in sizes.items()} == {
+        "hps": 986,
+        "image_reward": 445,
+        "pickscore": 986,
+    }
+    device = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    for model in models.values():
+        program, _ = model.lower(2, (64, 48), device)
+        assert program.out_info.shape == (2,)
 
 
 @pytest.mark.parametrize(

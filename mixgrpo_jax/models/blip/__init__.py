@@ -3,7 +3,7 @@
 from mixgrpo_jax.models.blip.model import BLIPConfig, apply, blip_tiny, image_reward_v1, init
 from mixgrpo_jax.models.blip.text import TextConfig
 from mixgrpo_jax.models.blip.vision import Params, VisionConfig
-from mixgrpo_jax.models.blip.weights import load
+from mixgrpo_jax.models.blip.weights import load, shapes
 
 __all__ = [
     "BLIPConfig",
@@ -15,4 +15,5 @@ __all__ = [
     "image_reward_v1",
     "init",
     "load",
+    "shapes",
 ]

@@ -85,6 +85,13 @@ def collapse(head: Params) -> Params:
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
+def shapes(config: BLIPConfig, dtype: Any) -> Params:
+    """What `load` gives, of whatever weights, as shapes; the towers in `dtype`."""
+    towers = {name: tower for name, tower in skeleton(config).items() if name != "head"}
+    head = {"kernel": _shape(config.text.hidden_size, 1), "bias": _shape(1)}
+    return {**jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), towers), "head": head}
+
+
 def load(config: BLIPConfig, tensors: Mapping[str, Any], dtype: Any = None) -> Params:
     """Parameters of ImageReward, on the host: those of `model.init`, and "head", an affine map in fp32.
 
