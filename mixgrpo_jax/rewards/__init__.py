@@ -1,6 +1,7 @@
 """What is good: rewards by name, and how they are built and asked."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -26,13 +27,17 @@ from mixgrpo_jax.rewards.contract import Reward as Reward
 from mixgrpo_jax.rewards.on_device import OnDevice
 
 
-def _ocr(where: Literal["host", "device"] = "host") -> Reward:
+def _reader(where: str) -> ocr.Read:
     if where not in ("host", "device"):
-        raise ValueError(f"reward_options.ocr.where={where!r}: 'host' reads with onnxruntime, 'device' with JAX")
+        raise ValueError(f"where={where!r}: 'host' reads with onnxruntime, 'device' with JAX")
     # A missing package should stop a run at its start, not after the first rollout.
     ocr.network() if where == "host" else ocr.device_network()
-    # On the device, too, it is waited for: the text is compared on the host.
-    return Reward("ocr", "host", ocr.score if where == "host" else ocr.score_on_device)
+    return ocr.read if where == "host" else ocr.read_on_device
+
+
+# Of text that is read on the device, too, the scores are waited for: it is compared on the host.
+def _ocr(where: Literal["host", "device"] = "host") -> Reward:
+    return Reward("ocr", "host", functools.partial(ocr.score, read=_reader(where)))
 
 
 def _ocr_dense() -> Reward:
@@ -44,9 +49,8 @@ def _colour() -> Reward:
     return Reward("colour", "device", colour.score)
 
 
-def _strict() -> Reward:
-    ocr.network()
-    return Reward("strict", "host", strict_score)
+def _strict(where: Literal["host", "device"] = "host") -> Reward:
+    return Reward("strict", "host", functools.partial(strict_score, read=_reader(where)))
 
 
 def _brisque() -> Reward:
@@ -121,13 +125,13 @@ def sketch(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> di
     return found
 
 
-def strict_score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+def strict_score(images: Images, prompts: list[str], metadata: list[dict], read: ocr.Read = ocr.read) -> np.ndarray:
     """1 where the number is read exactly and both colours are the ones asked for, else 0; float32 [B].
 
     Too sparse to learn from, and therefore the fair measure on held-out prompts.
     """
     del prompts
-    read_right = [text == m["number"] for text, m in zip(ocr.read(images), metadata, strict=True)]
+    read_right = [text == m["number"] for text, m in zip(read(images), metadata, strict=True)]
     return (colour.named_right(images, metadata) & np.array(read_right)).astype(np.float32)
 
 

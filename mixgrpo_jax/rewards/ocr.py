@@ -1,12 +1,11 @@
 """Does the picture say what was asked? Text is read back by PP-OCRv4's recognition network.
 
 Recognition only: the image is taken to be one line of text, so there is no detector to find it. The network runs on
-the host by onnxruntime (`read`, `score`), or wherever JAX does (`read_on_device`, `score_on_device`, and `dense`, which
-has a gradient).
+the host by onnxruntime (`read`), or wherever JAX does (`read_on_device`, and `dense`, which has a gradient).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ from mixgrpo_jax.models import ppocr
 from mixgrpo_jax.rewards.contract import Images
 
 HEIGHT = 48  # pixels; what the network was trained at
+
+Read = Callable[[Images], list[str]]  # images uint8 [B, H, W, 3] -> the text in each
 
 
 @functools.cache
@@ -38,32 +39,43 @@ def device_network() -> tuple[ppocr.Network, ppocr.Params]:
     return ppocr.load(ppocr.weights_file())
 
 
+def _once(read: Read) -> Read:
+    """Several rewards read the same pictures: the last ones' text is kept."""
+    last: dict[tuple, list[str]] = {}
+
+    @functools.wraps(read)
+    def reading(images: Images) -> list[str]:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3]")
+        key = images.shape, np.asarray(images).tobytes()
+        if key not in last:
+            texts = read(images)
+            last.clear()
+            last[key] = texts
+        return list(last[key])
+
+    return reading
+
+
+@_once
 def read(images: Images) -> list[str]:
     """The text in each image, uint8 [B, H, W, 3], in its plain form (`ppocr.plain`); "" where none is seen."""
-    images = np.asarray(images)
-    _check(images)
-    return list(_read(images.tobytes(), images.shape))
+    session, alphabet = network()
+    (probabilities,) = session.run(None, {session.get_inputs()[0].name: _preprocess(np.asarray(images))})
+    return [ppocr.greedy_decode(best, alphabet) for best in probabilities.argmax(-1)]
 
 
+@_once
 def read_on_device(images: Images) -> list[str]:
     """What `read` gives, by the network in JAX: only the likeliest class at each position comes to the host."""
-    _check(images)
     net, params = device_network()
-    likeliest = np.asarray(jnp.argmax(_logits(net, params, images), -1))
+    likeliest = np.asarray(_likeliest(net, params, images))
     return [ppocr.greedy_decode(best, net.alphabet) for best in likeliest]
 
 
-def _check(images: Images) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3]")
-
-
-@functools.lru_cache(maxsize=1)  # several rewards read the same pictures
-def _read(data: bytes, shape: tuple[int, ...]) -> tuple[str, ...]:
-    session, alphabet = network()
-    pixels = _preprocess(np.frombuffer(data, np.uint8).reshape(shape))
-    (probabilities,) = session.run(None, {session.get_inputs()[0].name: pixels})
-    return tuple(ppocr.greedy_decode(best, alphabet) for best in probabilities.argmax(-1))
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(net: ppocr.Network, params: ppocr.Params, images: Images) -> jax.Array:
+    return jnp.argmax(ppocr.logits(net, params, ppocr.preprocess(images)), -1)
 
 
 def _preprocess(images: np.ndarray) -> np.ndarray:
@@ -136,26 +148,18 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+def score(images: Images, prompts: list[str], metadata: list[dict], read: Read = read) -> np.ndarray:
     """1 - min(d, n) / n, with d the edit distance of the text read to the target (`targets`), of length n; float32 [B].
 
     The distance is exact. Text that merely contains the number is not right: 14270 is another number than 4270.
     """
-    return _accuracies(read(images), targets(prompts, metadata))
-
-
-def score_on_device(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-    """`score`, of the text that `read_on_device` reads."""
-    return _accuracies(read_on_device(images), targets(prompts, metadata))
+    texts = zip(read(images), targets(prompts, metadata), strict=True)
+    return np.array([accuracy(text, target) for text, target in texts], np.float32)
 
 
 def dense_score(images: Images, prompts: list[str], metadata: list[dict]) -> jax.Array:
     """`dense` for the targets in the metadata or the prompts, float32 [B]."""
     return dense(images, targets(prompts, metadata))
-
-
-def _accuracies(texts: list[str], wanted: list[str]) -> np.ndarray:
-    return np.array([accuracy(text, target) for text, target in zip(texts, wanted, strict=True)], np.float32)
 
 
 def accuracy(text: str, target: str) -> float:

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data.signs import Sign, photograph, render, sample_signs
-from mixgrpo_jax.rewards import REWARDS, Reward, ocr, score_all
+from mixgrpo_jax.data.signs import PALETTE, Sign, photograph, render, sample_signs
+from mixgrpo_jax.models import ppocr
+from mixgrpo_jax.rewards import REWARDS, Reward, build, ocr, score_all
 
 BATCH = 50  # pictures to a call, of one shape, which is compiled once
 
@@ -103,11 +104,23 @@ def test_the_device_reads_what_the_host_reads(count):
         assert difference.max() < 2e-3 and difference.mean() < 1e-8
 
 
-def test_the_device_scores_as_the_host_does():
+def test_the_device_scores_as_the_host_does_and_pictures_are_read_once(monkeypatch):
     images, metadata = photographs(BATCH)
-    found = REWARDS["ocr"](where="device").score(images, [""] * BATCH, metadata)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, REWARDS["ocr"]().score(images, [""] * BATCH, metadata))
+    for sign, own in zip(sample_signs("test", BATCH), metadata, strict=True):
+        own["plate_rgb"], own["digits_rgb"] = (np.array(PALETTE[name]) for name in (sign.plate, sign.digits))
+        own["palette"] = np.array(list(PALETTE.values()))
+    decoded, decode = [], ppocr.greedy_decode
+    monkeypatch.setattr(ppocr, "greedy_decode", lambda *given: decoded.append(given) or decode(*given))
+    scores = {}
+    for where in ("host", "device"):
+        both = build(["ocr", "strict"], {"ocr": {"where": where}, "strict": {"where": where}})
+        scores[where] = score_all(both, images, [""] * BATCH, metadata)
+    assert len(decoded) == 2 * BATCH
+    for name, host in scores["host"].items():
+        assert host.dtype == np.float32 and len(set(host)) > 1
+        np.testing.assert_array_equal(scores["device"][name], host)
+    with pytest.raises(ValueError, match="where='gpu': 'host' reads with onnxruntime"):
+        build(["strict"], {"strict": {"where": "gpu"}})
 
 
 def test_dense_is_highest_for_what_the_picture_says():
