@@ -44,6 +44,7 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
     plan, key = plans.make_plan(settings.plan, plans.initial_state(settings.plan)), jax.eval_shape(jax.random.key, 0)
     tokens, cond = skeleton.inputs(parts, config.batch.prompts, config.model.text_length)
     advantage = np.zeros(settings.samples, np.float32)
+    models = sketch([*config.rewards, *config.watched], config.reward_options)
 
     phases: dict[str, Any] = {}
     with jax.set_mesh(mesh):
@@ -55,18 +56,16 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
         sampled = meshes.placed(sampled, programs.places)
         phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
         phases["decode"] = programs.decode.lower(frozen, sampled.x0, 0)
-        models = sketch([*config.rewards, *config.watched], config.reward_options)
-        lowered = {
-            name: lower_reward(model, settings, programs.chunks.shape[1], mesh) for name, model in models.items()
-        }
-        phases |= {name: program for name, (program, _) in lowered.items()}
+        images = programs.chunks.shape[1]
+        scored = {name: lower_reward(model, settings, images, mesh) for name, model in models.items()}
+        phases |= {name: program for name, (program, _) in scored.items()}
         phases["update"] = programs.update.lower(state, trainable.base, sampled.rows, advantage, cond, plan.train)
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
     resident["base" if settings.lora.rank else "reference"] = size(trainable.base)
     resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
-    resident |= {name: size(params) for name, (_, params) in lowered.items()}
+    resident |= {name: size(params) for name, (_, params) in scored.items()}
     return phases, resident
 
 
