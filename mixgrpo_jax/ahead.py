@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models import skeleton
 from mixgrpo_jax.programs import make_programs
-from mixgrpo_jax.rewards import OnDevice, sketch
+from mixgrpo_jax.rewards import sketch
 from mixgrpo_jax.runtime import mesh as meshes
 
 # what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.
@@ -21,11 +20,11 @@ ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode":
 ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
 
-def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[str, Any], dict[str, float]]:
+def lower(settings: Settings, parts: policies.Parts, mesh: Any, host: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind.
 
     The programs that decode and that score are those of a chunk, see `programs.decode_chunks`. Each host scores its own
-    rows on its own devices.
+    rows on its own devices, of which `host` is a mesh.
     """
     config, text = settings.config, settings.config.data.name != "features"
 
@@ -56,9 +55,11 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
         sampled = meshes.placed(sampled, programs.places)
         phases["rollout"] = programs.rollout.lower(trainable.params, frozen, plan, cond, key)
         phases["decode"] = programs.decode.lower(frozen, sampled.x0, 0)
-        images = programs.chunks.shape[1]
-        scored = {name: lower_reward(model, settings, images, mesh) for name, model in models.items()}
+    with jax.set_mesh(host):
+        share = max(1, programs.chunks.shape[1] * host.size // mesh.size)
+        scored = {name: model.lower(share, config.model.image_size, host) for name, model in models.items()}
         phases |= {name: program for name, (program, _) in scored.items()}
+    with jax.set_mesh(mesh):
         phases["update"] = programs.update.lower(state, trainable.base, sampled.rows, advantage, cond, plan.train)
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
@@ -67,14 +68,6 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any) -> tuple[dict[st
     resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
     resident |= {name: size(params) for name, (_, params) in scored.items()}
     return phases, resident
-
-
-def lower_reward(model: OnDevice, settings: Settings, images: int, mesh: Any) -> tuple[Any, Any]:
-    """A reward's program for one host's share of so many images, and its parameters' shapes."""
-    own = [device for device in mesh.devices.flat if device.process_index == 0]
-    local = jax.make_mesh((len(own),), ("data",), (AxisType.Auto,), devices=own)
-    with jax.set_mesh(local):
-        return model.lower(max(1, images * len(own) // mesh.size), settings.config.model.image_size, local)
 
 
 def compile_phase(lowered: Any) -> tuple[Any, float]:

@@ -16,12 +16,14 @@ import importlib.util
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
+from jax.sharding import AxisType
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -68,14 +70,25 @@ def slice_mesh(settings: Settings, topology: str) -> Any:
     """The config's mesh over a slice's devices. Raises ValueError where it does not fill them."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU's compiler is not installed: pip install 'mixgrpo_jax[tpu]'")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return meshes.make_mesh(settings.config.mesh, devices)
+    return meshes.make_mesh(settings.config.mesh, slice_devices(topology))
+
+
+def host_mesh(topology: str) -> Any:
+    """A mesh over the devices of one of the slice's hosts: of every kind of TPU, those of the smallest slice."""
+    kind = topology.partition(":")[0]
+    devices = slice_devices(f"{kind}:{chips.CHIPS[kind].slices[0]}")
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def slice_devices(topology: str) -> Sequence[jax.Device]:
+    """A slice's devices, which are not here."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[str, Any]:
     """Figures of a config on a slice, as `--json` writes them."""
     chip, mesh = chips.chip(topology), slice_mesh(settings, topology)
-    phases, resident = ahead.lower(settings, parts, mesh)
+    phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
     evaluations, expected, shares = work(settings, policies.make(parts, settings.config.model), mesh)
     result: dict[str, Any] = {"topology": topology, "devices": mesh.size, "mesh": dict(mesh.shape), "fits": True}
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations, "notes": notes(settings, mesh)}
@@ -149,13 +162,14 @@ def smallest(settings: Settings, parts: policies.Parts, kind: str, beyond: int =
         topology = f"{kind}:{shape}"
         with contextlib.suppress(ValueError):  # the config's mesh does not fill every slice
             mesh = slice_mesh(settings, topology)
-            if chips.size(topology) > beyond and _fits(settings, parts, mesh, chips.CHIPS[kind].hbm):
+            if chips.size(topology) > beyond and _fits(settings, parts, mesh, topology):
                 return topology
     return None
 
 
-def _fits(settings: Settings, parts: policies.Parts, mesh: Any, hbm: float) -> bool:
-    phases, resident = ahead.lower(settings, parts, mesh)
+def _fits(settings: Settings, parts: policies.Parts, mesh: Any, topology: str) -> bool:
+    phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
+    hbm = chips.chip(topology).hbm
     if sum(resident.values()) > hbm:
         return False
     for phase in reversed(phases):  # the update takes the most

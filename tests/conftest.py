@@ -1,10 +1,26 @@
 """Shared by all tests: a velocity that is cheap, depends on everything it is given, and can be counted."""
 
+import os
+import shutil
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_threefry_partitionable", True)
+
+# Many tests run a whole command on the same small config: what one worker has compiled, the others read.
+if "MIXGRPO_JAX_TEST_CACHE" not in os.environ:
+    os.environ["MIXGRPO_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="mixgrpo_jax_")
+CACHE = os.environ["MIXGRPO_JAX_TEST_CACHE"]
+jax.config.update("jax_compilation_cache_dir", CACHE)
+
+
+def pytest_sessionfinish(session):
+    """The first process, which started the workers, cleans up."""
+    if not hasattr(session.config, "workerinput"):
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def toy_velocity(params, x, sigma, cond):
