@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def sketch(names: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> di
         own = dict(options.get(name, {}))
         files = inspect.signature(REWARDS.get(own.get("kind", name), dict)).parameters.keys() & FILES
         if "weights" in files:
-            found[name] = _build(name, own | dict.fromkeys(files) | {"probe": None}).score
+            found[name] = cast(OnDevice, _build(name, own | dict.fromkeys(files) | {"probe": None}).score)
     return found
 
 

@@ -74,7 +74,7 @@ def image_reward(
       ValueError: files that are absent, or that do not fit the config, or a probe that fails; the message names them.
     """
     dtype = jnp.dtype(options.get("dtype", jnp.float32))
-    words = tokenizer and load_tokenizer(tokenizer, config)
+    words = load_tokenizer(tokenizer, config) if tokenizer else None
     params = blip.load(config, torch_io.read_weights(weights), dtype) if weights else blip.shapes(config, dtype)
 
     def run(params: blip.Params, images: jax.Array, text: tuple[np.ndarray, np.ndarray]) -> jax.Array:
