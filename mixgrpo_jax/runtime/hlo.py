@@ -114,19 +114,26 @@ def cost(text: str, shares: Sequence[float] = (), kernel: Callable[[str, list[Sh
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part in one group of a collective; 1 where it does not say.
+    """Devices that take part in one group of a collective; 1 where it has no groups.
 
     >>> group_size("replica_groups=mesh['a'=2,'b'=32] {'b'}"), group_size("replica_groups=[8,4]<=[32]")
     (32, 4)
+    >>> group_size("replica_groups=mesh['a'=32,'b'=2], device_ids=([2,32]T(1,0)) {'a'}")
+    32
+
+    Raises ValueError for groups that are written in another way.
     """
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(counted[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    return len(listed[1].split(",")) if listed else 1
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(listed[1].split(","))
+    if groups := re.search(r"replica_groups=.{,80}", attributes):
+        raise ValueError(f"a collective's groups are not understood: {groups[0]}")
+    return 1
 
 
 def _own(i: Instruction, kernel: Callable | None) -> Cost:
