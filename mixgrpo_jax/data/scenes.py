@@ -24,7 +24,7 @@ from mixgrpo_jax.data.rendered import batches as batches
 from mixgrpo_jax.data.rendered import collate as collate
 from mixgrpo_jax.data.shapes import PALETTE, SHAPES, SIZE, Shape
 
-NOISE = 130.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
+NOISE = 100.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # the longest prompt, "a photo of a red circle and a blue square </s>", has 11 tokens
 
 # Of a split's prompts; those of one shape are few, and easy.
@@ -39,7 +39,7 @@ KINDS = {
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # towards x, y
 
-_STEP = 2  # pixels of the lattice on which shapes lie
+_STEP = 4  # pixels of the lattice on which shapes lie
 _GAP = 2  # pixels between two boxes, at least, on one of the axes
 _AHEAD = 4  # pixels that a shape is further along a relation's axis than along the other one
 
@@ -90,8 +90,8 @@ def plural(name: str) -> str:
 def scenes(split: str, kind: str) -> list[Scene]:
     """The scenes of a kind that `split` may ask for, in order.
 
-    One in four prompts is held out for testing, by a hash of its words. The six prompts for a single shape are in both:
-    they are too few to hold any out.
+    One in four prompts is held out for testing, by a hash of its words. Prompts for a single shape are in both: they
+    are too few to hold any out.
     """
     pairs = list(itertools.permutations(SHAPES, 2))
     every = {
@@ -157,7 +157,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 class Scenes(rendered.Rendered):
     """TFDS builder of the rendered scenes."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = (rendered.Sizes(name="full", description="20,000 training and 512 test scenes."),)
     IMAGE_SIZE = (shapes.HEIGHT, shapes.WIDTH)
     TEXTS = ("prompt", "metadata")
