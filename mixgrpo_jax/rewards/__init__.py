@@ -20,7 +20,6 @@ from mixgrpo_jax.rewards import (
     jpeg,
     ocr,
     remote,
-    shapes,
 )
 from mixgrpo_jax.rewards.contract import Images as Images
 from mixgrpo_jax.rewards.contract import Reward as Reward
@@ -60,6 +59,7 @@ def _brisque() -> Reward:
 
 def _geneval(strict: bool = False) -> Reward:
     """GenEval's score, of the task `scenes`: its pictures' shapes are detected by segmentation."""
+    from mixgrpo_jax.rewards import shapes  # not before: it brings the packages of data along
 
     def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         del prompts
