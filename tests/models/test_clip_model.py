@@ -244,7 +244,7 @@ def test_patches_are_those_of_a_convolution():
 
 def test_fresh_models_tell_inputs_apart():
     config = clip.clip_tiny()
-    params = clip.init(config, jax.random.key(0))
+    params = jax.jit(clip.init, static_argnums=0)(config, jax.random.key(0))
     pixels, tokens = inputs_for(config)
     image, text = embed_images(config, params, pixels), embed_text(config, params, tokens)
     for embedding in (image, text):
