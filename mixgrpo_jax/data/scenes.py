@@ -121,12 +121,16 @@ def _pick(rng: np.random.Generator, options: Sequence):
 
 
 def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
-    """A scene's shapes in places drawn at random, apart from each other, and in any colour where none is asked for."""
+    """A scene's shapes in places drawn at random, apart from each other, and in any colour where none is asked for.
+
+    Two different shapes that only "and" joins lie from left to right.
+    """
     colours = [colour or _pick(rng, list(PALETTE)) for _, colour in scene.shapes]
+    relation = scene.relation or ("left of" if len(set(scene.shapes)) > 1 else "")
     ends = (shapes.WIDTH - SIZE, shapes.HEIGHT - SIZE)
     while True:
         places = np.stack([rng.integers(0, end // _STEP + 1, len(colours)) * _STEP for end in ends], -1)
-        if _apart(places) and _related(places, scene.relation):
+        if _apart(places) and _related(places, relation):
             return [
                 Shape(name, colour, int(left), int(top))
                 for (name, _), colour, (left, top) in zip(scene.shapes, colours, places)
@@ -157,7 +161,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 class Scenes(rendered.Rendered):
     """TFDS builder of the rendered scenes."""
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
     BUILDER_CONFIGS = (rendered.Sizes(name="full", description="20,000 training and 512 test scenes."),)
     IMAGE_SIZE = (shapes.HEIGHT, shapes.WIDTH)
     TEXTS = ("prompt", "metadata")
