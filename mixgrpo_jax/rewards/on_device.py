@@ -49,7 +49,7 @@ class OnDevice:
         del metadata
         images = _spread(images)
         mesh = images.sharding.mesh if isinstance(images.sharding, NamedSharding) else None
-        return self._program(mesh)(self._placed(mesh), images, self.tokenize(prompts))
+        return self._program(mesh, self._placed(mesh), images, self.tokenize(prompts))
 
     def lower(self, images: int, size: Sequence[int], mesh: Mesh) -> tuple[jax.stages.Lowered, Any]:
         """The program for so many images of `size` over a mesh, and its parameters' shapes as they lie there."""
@@ -57,20 +57,25 @@ class OnDevice:
         params = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), self.params, parts)
         dealt = NamedSharding(mesh, P(mesh.axis_names) if images % mesh.size == 0 else P())
         pixels = jax.ShapeDtypeStruct((images, *size, 3), np.uint8, sharding=dealt)
-        return self._program(mesh).lower(params, pixels, self.tokenize([""] * images)), params
+        return self._program.lower(mesh, params, pixels, self.tokenize([""] * images)), params
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (as long-lived as the parameters)
-    def _program(self, mesh: Mesh | None) -> Any:
-        def run(params: Any, images: jax.Array, tokens: Any) -> jax.Array:
+    # Properties, so that each model has its own: several take turns, chunk by chunk.
+    @functools.cached_property
+    def _program(self) -> Any:
+        def run(mesh: Mesh | None, params: Any, images: jax.Array, tokens: Any) -> jax.Array:
             if mesh is not None:
                 params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
             return self.function(params, images, tokens)
 
-        return jax.jit(run)
+        return jax.jit(run, static_argnums=0)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019
-    def _placed(self, mesh: Mesh | None) -> Any:
-        return jax.device_put(self.params, None if mesh is None else _parts(self.params, mesh))
+    @functools.cached_property
+    def _placed(self) -> Callable[[Mesh | None], Any]:
+        @functools.lru_cache(maxsize=1)
+        def place(mesh: Mesh | None) -> Any:
+            return jax.device_put(self.params, None if mesh is None else _parts(self.params, mesh))
+
+        return place
 
 
 def _parts(params: Any, mesh: Mesh) -> Any:

@@ -1,11 +1,13 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import rewards
 from mixgrpo_jax.rewards import REWARDS, Reward, build
+from mixgrpo_jax.rewards.on_device import OnDevice
 
 
 def bright(*, limit):
@@ -55,3 +57,25 @@ def test_a_config_may_name_a_reward_of_its_own():
         configs.resolve(config)
     config.reward_options = {"mine": {"kind": "colour"}}
     assert configs.resolve(config).config.reward_options.mine.kind == "colour"
+
+
+def test_models_that_take_turns_are_compiled_and_placed_once_each(monkeypatch):
+    traced, placed, device_put = [], [], jax.device_put
+
+    def brightness(name):
+        def function(params, images, tokens):
+            traced.append(name)
+            return params["scale"] * images.mean((1, 2, 3))
+
+        return OnDevice(function, {"scale": np.float32(2)}, lambda prompts: None)
+
+    def put(tree, *rest):
+        placed.extend([tree] if isinstance(tree, dict) else [])
+        return device_put(tree, *rest)
+
+    monkeypatch.setattr(jax, "device_put", put)
+    models, images = [brightness("a"), brightness("b")], np.full((2, 4, 4, 3), 3, np.uint8)
+    for _ in range(3):
+        for model in models:
+            assert model(images, ["", ""], []).tolist() == [6, 6]
+    assert traced == ["a", "b"] and len(placed) == 2
