@@ -16,14 +16,13 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import AxisType
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -34,7 +33,6 @@ from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import attention, skeleton
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.programs import decode_chunks, prefix_rows
-from mixgrpo_jax.rewards import sketch
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -77,7 +75,7 @@ def host_mesh(topology: str) -> Any:
     """A mesh over the devices of one of the slice's hosts: of every kind of TPU, those of the smallest slice."""
     kind = topology.partition(":")[0]
     devices = slice_devices(f"{kind}:{chips.CHIPS[kind].slices[0]}")
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return meshes.make_mesh({"data": -1}, devices)
 
 
 def slice_devices(topology: str) -> Sequence[jax.Device]:
@@ -91,7 +89,8 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
     phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
     evaluations, expected, shares = work(settings, policies.make(parts, settings.config.model), mesh)
     result: dict[str, Any] = {"topology": topology, "devices": mesh.size, "mesh": dict(mesh.shape), "fits": True}
-    result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations, "notes": notes(settings, mesh)}
+    result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations}
+    result["notes"] = notes(settings, mesh, phases)
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
     result["seconds_per_iteration"] = {}
     chunks = len(decode_chunks(settings.samples, settings.config.batch.decode, meshes.batch_ways(mesh)))
@@ -122,8 +121,8 @@ def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[s
     return result
 
 
-def notes(settings: Settings, mesh: Any) -> list[str]:
-    """What of a config sits badly on a mesh."""
+def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
+    """What of a config sits badly on a mesh, and what is not among the phases."""
     batch, ways, found = settings.config.batch, meshes.batch_ways(mesh), []
     for name, size in (("batch.micro_batch", batch.micro_batch), ("batch.prompts * batch.group", settings.samples)):
         if size % ways:
@@ -132,7 +131,7 @@ def notes(settings: Settings, mesh: Any) -> list[str]:
                 f"multiple, or a larger mesh.tensor (now {mesh.shape['tensor']})"
             )
     rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
-    if rest := [name for name in rewards if name not in sketch(rewards, settings.config.reward_options)]:
+    if rest := [name for name in rewards if name not in phases]:
         found.append(f"not counted: rewards {', '.join(rest)}")
     if settings.config.model.attention == "xla":
         found.append("model.attention='xla' makes the scores of all pairs of tokens; 'auto' takes TPU's fused kernel")

@@ -1,4 +1,4 @@
-"""Shared by all tests: a velocity that is cheap, depends on everything it is given, and can be counted."""
+"""Shared by all tests: compiled programs, a velocity that is cheap and depends on everything, and a small policy."""
 
 import os
 import shutil
@@ -6,7 +6,13 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from mixgrpo_jax.data.signs import build_tokenizer
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.text import t5
 
 jax.config.update("jax_threefry_partitionable", True)
 
@@ -34,3 +40,14 @@ def toy():
     keys = jax.random.split(jax.random.key(0), 4)
     params = {"w": 0.5 * jax.random.normal(keys[0], (4, 4)), "b": jax.random.normal(keys[1], (4,))}
     return toy_velocity, params, jax.random.normal(keys[2], (2, 3, 4)), jax.random.normal(keys[3], (2, 4))
+
+
+@pytest.fixture(scope="session")
+def small_policy(tmp_path_factory):
+    """Folder of a policy of a thousandth of the shipped one's work."""
+    folder = tmp_path_factory.mktemp("policy")
+    sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
+    text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
+    policies.save(folder, parts, jax.tree.map(np.asarray, policies.init(parts, jax.random.key(0))))
+    return folder

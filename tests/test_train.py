@@ -16,10 +16,6 @@ from PIL import Image
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
-from mixgrpo_jax.data.signs import build_tokenizer
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.flux import model as flux
-from mixgrpo_jax.models.text import t5
 from mixgrpo_jax.sample import sample
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
@@ -217,17 +213,6 @@ def recorded(monkeypatch):
     return seen
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A policy of a thousandth of the shipped one's work."""
-    folder = tmp_path_factory.mktemp("policy")
-    sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
-    text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
-    policies.save(folder, parts, jax.tree.map(np.asarray, policies.init(parts, jax.random.key(0))))
-    return folder
-
-
 def fast(folder, iterations=1, **changes):
     """A run of that policy whose only reward is a function that a test may set, `slow_reward`."""
     config = tiny(iterations=iterations)
@@ -261,7 +246,7 @@ def wait_for(ready, what, seconds=60):
         time.sleep(0.01)
 
 
-def test_the_next_pictures_are_decoded_while_the_first_are_scored(small, recorded, tmp_path, monkeypatch):
+def test_the_next_pictures_are_decoded_while_the_first_are_scored(small_policy, recorded, tmp_path, monkeypatch):
     sizes = []
 
     def score(images, prompts, metadata):
@@ -273,13 +258,13 @@ def test_the_next_pictures_are_decoded_while_the_first_are_scored(small, recorde
         return brightness(images, prompts, metadata)
 
     monkeypatch.setattr(sys.modules[__name__], "during", [score])
-    config = fast(small)
+    config = fast(small_policy)
     config.batch.decode = 2
     train.train(config, tmp_path)
     assert sizes == [2, 2, 2, 2] and recorded.calls == ["rollout", *["decode"] * 4, "update"]
 
 
-def test_off_policy_the_next_rollout_is_drawn_while_rewards_are_computed(small, recorded, tmp_path, monkeypatch):
+def test_off_policy_the_next_rollout_is_drawn_while_rewards_are_computed(small_policy, recorded, tmp_path, monkeypatch):
     finished = []
 
     def score(images, prompts, metadata):
@@ -291,14 +276,14 @@ def test_off_policy_the_next_rollout_is_drawn_while_rewards_are_computed(small, 
         return brightness(images, prompts, metadata)
 
     monkeypatch.setattr(sys.modules[__name__], "during", [score])
-    train.train(fast(small, 3, one_step_off_policy=True), tmp_path)
+    train.train(fast(small_policy, 3, one_step_off_policy=True), tmp_path)
     assert finished == [0, 1]
     step = ["rollout", "decode", "update"]
     assert recorded.calls == ["rollout", "decode", *step, *step, "update"]
 
 
-def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last(small, recorded, tmp_path):
-    config = fast(small, 4, one_step_off_policy=True)
+def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last(small_policy, recorded, tmp_path):
+    config = fast(small_policy, 4, one_step_off_policy=True)
     config.ratio_tolerance, config.optimizer.learning_rate = 1e-5, 1e-2
     train.train(config, tmp_path)
     parameters = [before for before, _ in recorded.updates]  # by iteration
@@ -312,9 +297,9 @@ def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last
     assert lines(tmp_path)[-1]["compilations"] == 2
 
 
-def test_off_policy_stopped_and_resumed_gives_the_same_run(small, tmp_path, monkeypatch):
+def test_off_policy_stopped_and_resumed_gives_the_same_run(small_policy, tmp_path, monkeypatch):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train.train(fast(small, 4, one_step_off_policy=True), straight)
+    train.train(fast(small_policy, 4, one_step_off_policy=True), straight)
     calls, advantages = [], train.advantages
 
     def stop_in_the_third(*args):
@@ -325,22 +310,24 @@ def test_off_policy_stopped_and_resumed_gives_the_same_run(small, tmp_path, monk
 
     monkeypatch.setattr(train, "advantages", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        train.train(fast(small, 4, one_step_off_policy=True), resumed)
+        train.train(fast(small_policy, 4, one_step_off_policy=True), resumed)
     assert [line["iteration"] for line in lines(resumed)] == [0, 1, 2]
     monkeypatch.undo()
-    train.train(fast(small, 4, one_step_off_policy=True), resumed)  # from the checkpoint at 2
+    train.train(fast(small_policy, 4, one_step_off_policy=True), resumed)  # from the checkpoint at 2
     assert lines(resumed) == lines(straight)
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
-def test_a_reward_that_fails_stops_the_run_with_its_own_words(small, off_policy, recorded, tmp_path, monkeypatch):
+def test_a_reward_that_fails_stops_the_run_with_its_own_words(
+    small_policy, off_policy, recorded, tmp_path, monkeypatch
+):
     def score(images, prompts, metadata):
         if recorded.decoded and recorded.calls.count("update") == off_policy:
             raise RuntimeError(f"the scorer is out of paper at {len(images)} pictures")
         return brightness(images, prompts, metadata)
 
     monkeypatch.setattr(sys.modules[__name__], "during", [score])
-    config = fast(small, 3, one_step_off_policy=off_policy)
+    config = fast(small_policy, 3, one_step_off_policy=off_policy)
     config.batch.decode = 4
     with pytest.raises(RuntimeError, match="out of paper at 4 pictures"):
         train.train(config, tmp_path)

@@ -6,6 +6,7 @@ the host by onnxruntime (`read`), or wherever JAX does (`read_on_device`, and `d
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +42,19 @@ def device_network() -> tuple[ppocr.Network, ppocr.Params]:
 
 def _once(read: Read) -> Read:
     """Several rewards read the same pictures: the last ones' text is kept."""
-    last: dict[tuple, list[str]] = {}
+    last: dict[Any, tuple[Images, list[str]]] = {}
 
     @functools.wraps(read)
     def reading(images: Images) -> list[str]:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3]")
-        key = images.shape, np.asarray(images).tobytes()
+        # An array of JAX does not change, and need not come to the host; it is kept, so that its id stays its own.
+        key = id(images) if isinstance(images, jax.Array) else (images.shape, images.tobytes())
         if key not in last:
             texts = read(images)
             last.clear()
-            last[key] = texts
-        return list(last[key])
+            last[key] = images, texts
+        return list(last[key][1])
 
     return reading
 
@@ -75,7 +77,7 @@ def read_on_device(images: Images) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _likeliest(net: ppocr.Network, params: ppocr.Params, images: Images) -> jax.Array:
-    return jnp.argmax(ppocr.logits(net, params, ppocr.preprocess(images)), -1)
+    return jnp.argmax(_logits(net, params, images), -1)
 
 
 def _preprocess(images: np.ndarray) -> np.ndarray:

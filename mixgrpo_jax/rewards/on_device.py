@@ -48,7 +48,7 @@ class OnDevice:
         """Scores [B]."""
         del metadata
         images = _spread(images)
-        mesh = images.sharding.mesh if isinstance(images.sharding, NamedSharding) else None
+        mesh: Any = images.sharding.mesh if isinstance(images.sharding, NamedSharding) else None
         return self._program(mesh, self._placed(mesh), images, self.tokenize(prompts))
 
     def lower(self, images: int, size: Sequence[int], mesh: Mesh) -> tuple[jax.stages.Lowered, Any]:

@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
+
+from mixgrpo_jax.runtime.mesh import make_mesh
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -134,8 +135,7 @@ def map_rows(
 def _own_devices() -> contextlib.AbstractContextManager:
     if jax.process_count() == 1:
         return contextlib.nullcontext()
-    local = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    return jax.set_mesh(local)
+    return jax.set_mesh(make_mesh({"data": -1}, jax.local_devices()))
 
 
 def _own_rows(images: jax.Array | np.ndarray) -> np.ndarray:

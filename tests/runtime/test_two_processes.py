@@ -9,14 +9,8 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-
-from mixgrpo_jax.data.signs import build_tokenizer
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.flux import model as flux
-from mixgrpo_jax.models.text import t5
 
 pytestmark = pytest.mark.slow
 
@@ -79,22 +73,10 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A policy of a thousandth of the shipped one's work."""
-    folder = tmp_path_factory.mktemp("policy")
-    sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
-    text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
-    params = policies.init(parts, jax.random.key(0))
-    policies.save(folder, parts, jax.tree.map(np.asarray, params))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(folder, tmp_path_factory):
+def straight(small_policy, tmp_path_factory):
     """{processes: workdir} of uninterrupted runs, and what the processes said."""
     workdirs = {processes: tmp_path_factory.mktemp("straight") / str(processes) for processes in (1, 2)}
-    return workdirs, {processes: run(workdir, folder, processes)[1] for processes, workdir in workdirs.items()}
+    return workdirs, {processes: run(workdir, small_policy, processes)[1] for processes, workdir in workdirs.items()}
 
 
 def test_two_processes_train_as_one(straight):
@@ -112,28 +94,30 @@ def test_two_processes_train_as_one(straight):
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_checkpoint_is_for_any_number_of_processes(straight, folder, tmp_path, first, then):
+def test_a_checkpoint_is_for_any_number_of_processes(straight, small_policy, tmp_path, first, then):
     workdir = tmp_path / "resumed"
     shutil.copytree(straight[0][first], workdir)
     shutil.rmtree(workdir / "checkpoints" / "3")
-    resumed, _ = run(workdir, folder, then)
+    resumed, _ = run(workdir, small_policy, then)
     assert_close(resumed, lines(straight[0][first]))
 
 
-def test_two_processes_train_adapters_evaluate_and_sample(folder, tmp_path):
-    log, _ = run(tmp_path / "lora", folder, 2, rank=2)
+def test_two_processes_train_adapters_evaluate_and_sample(small_policy, tmp_path):
+    log, _ = run(tmp_path / "lora", small_policy, 2, rank=2)
     assert [line["iteration"] for line in log] == [0, 1, 2, 3]
     assert (tmp_path / "lora" / "held_out.png").is_file()
     assert len(list((tmp_path / "lora" / "samples").glob("00?.png"))) == 3
 
 
-def test_off_policy_two_processes_train_as_one_and_go_on_where_they_stopped(folder, tmp_path):
-    logs = {processes: run(tmp_path / str(processes), folder, processes, off_policy=True)[0] for processes in (1, 2)}
+def test_off_policy_two_processes_train_as_one_and_go_on_where_they_stopped(small_policy, tmp_path):
+    logs = {
+        processes: run(tmp_path / str(processes), small_policy, processes, off_policy=True)[0] for processes in (1, 2)
+    }
     assert [line["iteration"] for line in logs[2]] == [0, 1, 2, 3]
     assert logs[2][-1]["ratio/max_deviation"] > logs[2][1]["ratio/max_deviation"]
     assert_close(logs[2], logs[1])
     shutil.rmtree(tmp_path / "2" / "checkpoints" / "3")
-    resumed, _ = run(tmp_path / "2", folder, 2, off_policy=True)
+    resumed, _ = run(tmp_path / "2", small_policy, 2, off_policy=True)
     assert resumed[-1].pop("compilations") == 1  # its rollout was in the checkpoint, and only the update is left
     assert logs[2][-1].pop("compilations") == 2
     assert_close(resumed, logs[2])
