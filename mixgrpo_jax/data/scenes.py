@@ -41,7 +41,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 
 _STEP = 4  # pixels of the lattice on which shapes lie
 _GAP = 2  # pixels between two boxes, at least, on one of the axes
-_AHEAD = 4  # pixels that a shape is further along a relation's axis than along the other one
+_QUADRANTS = np.array(list(itertools.product((0, 1), repeat=2)))  # of a picture: x, y
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,19 @@ def _pick(rng: np.random.Generator, options: Sequence):
 
 
 def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
-    """A scene's shapes in places drawn at random, apart from each other, and in any colour where none is asked for.
+    """A scene's shapes, each somewhere in a quadrant of its own, and in any colour where none is asked for.
 
-    Two different shapes that only "and" joins lie from left to right.
+    Two shapes that are related lie in neighbouring quadrants, and so do two different ones that only "and" joins, from
+    left to right as they are named.
     """
     colours = [colour or _pick(rng, list(PALETTE)) for _, colour in scene.shapes]
     relation = scene.relation or ("left of" if len(set(scene.shapes)) > 1 else "")
-    ends = (shapes.WIDTH - SIZE, shapes.HEIGHT - SIZE)
+    quadrant = np.array([shapes.WIDTH, shapes.HEIGHT]) // 2
     while True:
-        places = np.stack([rng.integers(0, end // _STEP + 1, len(colours)) * _STEP for end in ends], -1)
-        if _apart(places) and _related(places, relation):
+        quadrants = rng.permutation(_QUADRANTS)[: len(colours)]
+        within = rng.integers(0, (quadrant - SIZE) // _STEP + 1, quadrants.shape) * _STEP
+        places = quadrants * quadrant + within
+        if _apart(places) and (not relation or tuple(quadrants[0] - quadrants[1]) == RELATIONS[relation]):
             return [
                 Shape(name, colour, int(left), int(top))
                 for (name, _), colour, (left, top) in zip(scene.shapes, colours, places)
@@ -139,14 +142,6 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
 
 def _apart(places: np.ndarray) -> bool:
     return all(np.abs(a - b).max() >= SIZE + _GAP for a, b in itertools.combinations(places, 2))
-
-
-def _related(places: np.ndarray, relation: str) -> bool:
-    """Whether the first place lies so to the second, and clearly so; true without a relation."""
-    if not relation:
-        return True
-    offset, axis = places[0] - places[1], np.array(RELATIONS[relation])
-    return offset @ axis >= np.abs(offset).min() + _AHEAD and offset @ axis == np.abs(offset).max()
 
 
 def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -161,7 +156,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 class Scenes(rendered.Rendered):
     """TFDS builder of the rendered scenes."""
 
-    VERSION = tfds.core.Version("1.3.0")
+    VERSION = tfds.core.Version("1.4.0")
     BUILDER_CONFIGS = (rendered.Sizes(name="full", description="20,000 training and 512 test scenes."),)
     IMAGE_SIZE = (shapes.HEIGHT, shapes.WIDTH)
     TEXTS = ("prompt", "metadata")
