@@ -39,9 +39,7 @@ KINDS = {
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # towards x, y
 
-_STEP = 4  # pixels of the lattice on which shapes lie
-_GAP = 2  # pixels between two boxes, at least, on one of the axes
-_QUADRANTS = np.array(list(itertools.product((0, 1), repeat=2)))  # of a picture: x, y
+_CORNERS = np.array(list(itertools.product((0, 1), repeat=2)))  # of a picture: x, y
 
 
 @dataclass(frozen=True)
@@ -121,27 +119,20 @@ def _pick(rng: np.random.Generator, options: Sequence):
 
 
 def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
-    """A scene's shapes, each somewhere in a quadrant of its own, and in any colour where none is asked for.
+    """A scene's shapes, each in a corner of the picture, and in any colour where none is asked for.
 
-    Two shapes that are related lie in neighbouring quadrants, and so do two different ones that only "and" joins, from
+    Two shapes that are related lie in neighbouring corners, and so do two different ones that only "and" joins, from
     left to right as they are named.
     """
-    colours = [colour or _pick(rng, list(PALETTE)) for _, colour in scene.shapes]
     relation = scene.relation or ("left of" if len(set(scene.shapes)) > 1 else "")
-    quadrant = np.array([shapes.WIDTH, shapes.HEIGHT]) // 2
-    while True:
-        quadrants = rng.permutation(_QUADRANTS)[: len(colours)]
-        within = rng.integers(0, (quadrant - SIZE) // _STEP + 1, quadrants.shape) * _STEP
-        places = quadrants * quadrant + within
-        if _apart(places) and (not relation or tuple(quadrants[0] - quadrants[1]) == RELATIONS[relation]):
-            return [
-                Shape(name, colour, int(left), int(top))
-                for (name, _), colour, (left, top) in zip(scene.shapes, colours, places)
-            ]
-
-
-def _apart(places: np.ndarray) -> bool:
-    return all(np.abs(a - b).max() >= SIZE + _GAP for a, b in itertools.combinations(places, 2))
+    corners = rng.permutation(_CORNERS)
+    while relation and tuple(corners[0] - corners[1]) != RELATIONS[relation]:
+        corners = rng.permutation(_CORNERS)
+    places = corners * [shapes.WIDTH - SIZE, shapes.HEIGHT - SIZE]
+    return [
+        Shape(name, colour or _pick(rng, list(PALETTE)), int(left), int(top))
+        for (name, colour), (left, top) in zip(scene.shapes, places)
+    ]
 
 
 def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -156,7 +147,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 class Scenes(rendered.Rendered):
     """TFDS builder of the rendered scenes."""
 
-    VERSION = tfds.core.Version("1.4.0")
+    VERSION = tfds.core.Version("1.5.0")
     BUILDER_CONFIGS = (rendered.Sizes(name="full", description="20,000 training and 512 test scenes."),)
     IMAGE_SIZE = (shapes.HEIGHT, shapes.WIDTH)
     TEXTS = ("prompt", "metadata")
