@@ -7,6 +7,7 @@ last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration)
 rewards.png.
 """
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -41,11 +42,13 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     settings, mesh = configs.resolve(config), meshes.make_mesh(config.mesh)
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh):  # for the attention kernels that are placed by hand
-        return _train(settings, workdir, mesh)
+    checkpoint = settings.config.checkpoint
+    # The mesh is set for the attention kernels that are placed by hand. A run that fails finishes the save under way.
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, checkpoint.every, checkpoint.keep)) as checkpoints:
+        return _train(settings, workdir, mesh, checkpoints)
 
 
-def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np.ndarray]:
+def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
     config, first = settings.config, distributed.is_first()
     task = TASKS[config.data.name]
     prompts = task.batches(task.load("train", config.data.folder), config.seed, config.batch.prompts)
@@ -62,7 +65,6 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
     held_out = HeldOut(config, policy, trainable.attach)
 
     # Start, or resume; the window, and with it the whole host state, is in the checkpoint.
-    checkpoints = Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
     state, window = programs.init(trainable.params), plans.initial_state(settings.plan)
     upcoming: Drawn | None = None  # samples that are drawn already, by the parameters of before the last update
     if checkpoints.latest is not None:
@@ -122,7 +124,6 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any) -> dict[str, np
         line |= timer.metrics() | metrics.throughput(line, timer, *cost)
         writer.write(done, line)
         progress.set_postfix(metrics.brief(line))
-    checkpoints.close()
 
     if after is None:  # the run was finished before
         after = held_out.assess(state.ema if config.evaluation.ema else state.params, frozen)

@@ -83,6 +83,7 @@ def test_stopped_and_resumed_gives_the_same_run(straight, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.train(tiny(), tmp_path)
     assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # none is half written
     monkeypatch.undo()
     train.train(tiny(), tmp_path)  # from the checkpoint at 2; line 3 is written anew
     assert lines(tmp_path) == lines(straight[0])
