@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,18 @@ def test_every_shape_is_known_wherever_it_lies(name, colour):
     places = [(left, top) for left in range(0, 24 - SIZE + 1, 3) for top in (0, 5, 24 - SIZE)]
     found = detect(np.stack([render([Shape(name, colour, *place)]) for place in places]))
     assert [boxes(detections) for detections in found] == [[(name, colour, *place)] for place in places]
+
+
+def test_shapes_side_by_side_are_told_apart_wherever_they_lie():
+    rng, laid = np.random.default_rng(0), []
+    while len(laid) < 300:
+        places = rng.integers(0, 5, (int(rng.integers(2, 5)), 2)) * 4
+        if all(np.abs(a - b).max() > SIZE for a, b in itertools.combinations(places, 2)):
+            laid.append(
+                [Shape(str(rng.choice(SHAPES)), str(rng.choice(list(PALETTE))), *map(int, place)) for place in places]
+            )
+    found = detect(np.stack([render(shapes) for shapes in laid]))
+    assert [boxes(detections) for detections in found] == [boxes(shapes) for shapes in laid]
 
 
 def test_what_is_no_shape_is_not_sure_to_be_one():
