@@ -107,6 +107,7 @@ def base() -> ml_collections.ConfigDict:
                 batch=64,
                 shift=3.0,  # of the noise levels that are trained
                 learning_rate=1.5e-3,
+                bias_rate=1.0,  # learning rate of T5's biases by distance, as a multiple: they tell the order of words
                 warmup=100,  # then the rate falls to zero as a cosine
                 b2=0.99,
                 weight_decay=0.0,

@@ -47,12 +47,18 @@ def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array
     return jnp.square(v - (noise - x0)).mean()
 
 
+def _is_bias(params: Any) -> Any:
+    """Which leaves are T5's biases of attention by distance, [buckets, heads]."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "relative_bias" in jax.tree_util.keystr(path), params)
+
+
 def make_step(policy: Policy, options: Any):
     """The optimiser and `step(state, images, tokens, key) -> state, loss`, jitted."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup, options.steps)
     optimiser = optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(schedule, b2=options.b2, weight_decay=options.weight_decay),
+        optax.masked(optax.scale(options.bias_rate), _is_bias),
     )
 
     @jax.jit
