@@ -1,6 +1,14 @@
-import numpy as np
+import json
+import pathlib
 
-from mixgrpo_jax.evaluate import table
+import numpy as np
+import pytest
+
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.evaluate import evaluate, table
+from mixgrpo_jax.models import policy as policies
+
+CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 
 
 def test_scores_are_shown_by_every_label_in_columns_that_line_up():
@@ -12,3 +20,11 @@ def test_scores_are_shown_by_every_label_in_columns_that_line_up():
         "kind position            2     0.875           0.500",
         "kind single_object       1     0.500           0.000",
     ]
+
+
+@pytest.mark.parametrize("task", ["signs"])
+def test_what_ships_is_as_good_as_its_card_says(task, tmp_path):
+    config = configs.load(task, CONFIGS)
+    card = json.loads((policies.find(config.model.folder) / "card.json").read_text())
+    assert evaluate(config, tmp_path) == pytest.approx(card["held_out"], abs=0.03)
+    assert (tmp_path / "held_out.png").is_file()

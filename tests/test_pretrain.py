@@ -8,6 +8,7 @@ import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import pretrain
+from mixgrpo_jax.data import signs
 from mixgrpo_jax.models import policy as policies
 
 
@@ -61,14 +62,27 @@ def test_the_biases_by_distance_have_a_rate_of_their_own(small):
 def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy, tmp_path, monkeypatch):
     parts, _, policy = small
     monkeypatch.setattr(policies, "small_parts", lambda tokenizer: parts)
+    make_step, shown = pretrain.make_step, []
+
+    def watched(policy, options):
+        optimiser, step = make_step(policy, options)
+        return optimiser, lambda state, images, *rest: (shown.append(images), step(state, images, *rest))[1]
+
+    monkeypatch.setattr(pretrain, "make_step", watched)
     config = configs.base()
     config.pretrain.steps, config.pretrain.warmup, config.pretrain.batch = 60, 5, 16
+    config.pretrain.clean_steps = 40
     config.evaluation.prompts = config.evaluation.batch = 8
     config.evaluation.num_steps = 2
     scores = pretrain.pretrain(config, tmp_path)
     card = json.loads((tmp_path / "checkpoint" / "card.json").read_text())
     assert (card["steps"], card["seed"], card["held_out"]) == (60, config.seed, scores)
     assert (tmp_path / "pretrained.png").is_file()
+
+    batches = signs.batches(signs.load("train"), config.seed, 16)
+    assert len(shown) == 60
+    for index, name in ((0, "clean"), (39, "clean"), (40, "image"), (59, "image")):
+        np.testing.assert_array_equal(shown[index], batches[index][name])
 
     _, learned = policies.load(tmp_path / "checkpoint")
     images, tokens = batch(policy, 80)

@@ -18,7 +18,7 @@ def write(path, text):
 def signs_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     signs.load("train", folder, signs.SignsConfig(name="small", train=8, test=4))
-    return folder / "signs" / "small" / "1.1.0"
+    return folder / "signs" / "small" / str(signs.Signs.VERSION)
 
 
 def test_a_text_file_keeps_order_duplicates_and_every_character_but_the_ends(tmp_path):
