@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +118,18 @@ def noisy(image: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarra
     """A picture with noise of a standard deviation up to `most`, in levels of 255: uint8, as the image."""
     noise = rng.uniform(0, most) * rng.standard_normal(image.shape)
     return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+def pictures(photograph: Callable, most: float, seed: int, split: str, key: int) -> dict[str, np.ndarray]:
+    """An element's "image", photographed with noise up to `most`, and "clean", the same with CLEAN of that noise.
+
+    Args:
+        photograph: (random numbers, most noise) -> picture.
+    """
+    return {
+        name: photograph(generator(seed, split, key), noise)
+        for name, noise in (("image", most), ("clean", CLEAN * most))
+    }
 
 
 def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:

@@ -155,12 +155,8 @@ class Scenes(rendered.Rendered):
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
         """Photographs of scenes, and the same with less noise, with their prompts; metadata are JSON."""
         for key, scene in enumerate(sample_scenes(split, count, seed)):
-            image, clean = (
-                photograph(scene, rendered.generator(seed, split, key), noise)
-                for noise in (NOISE, rendered.CLEAN * NOISE)
-            )
-            texts = {"prompt": scene.prompt, "metadata": json.dumps(scene.metadata)}
-            yield {"image": image, "clean": clean, **texts}
+            pictures = rendered.pictures(functools.partial(photograph, scene), NOISE, seed, split, key)
+            yield pictures | {"prompt": scene.prompt, "metadata": json.dumps(scene.metadata)}
 
 
 def load(

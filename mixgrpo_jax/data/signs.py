@@ -148,11 +148,8 @@ class Signs(rendered.Rendered):
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
         """Photographs of signs, and the same with less noise, with their prompts."""
         for key, sign in enumerate(sample_signs(split, count, seed)):
-            image, clean = (
-                photograph(sign, rendered.generator(seed, split, key), noise)
-                for noise in (NOISE, rendered.CLEAN * NOISE)
-            )
-            yield {"image": image, "clean": clean, "prompt": sign.prompt, **vars(sign)}
+            pictures = rendered.pictures(functools.partial(photograph, sign), NOISE, seed, split, key)
+            yield pictures | {"prompt": sign.prompt, **vars(sign)}
 
 
 def load(split: str, data_dir: str | os.PathLike | None = None, config: str | SignsConfig = "full") -> grain.MapDataset:
