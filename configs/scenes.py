@@ -14,8 +14,8 @@ def get_config():
     config.model.folder = "runs/scenes/checkpoint"
     config.model.image_size = (24, 24)
     config.data.name = "scenes"
-    config.pretrain.steps, config.pretrain.clean_steps = 3600, 2700
-    config.pretrain.bias_rate = 10.0  # which colour is whose, and what lies where, is told by the order of words
+    config.pretrain.steps = 3600
+    config.pretrain.bias_scale = 4.0  # which colour is whose, and what lies where, is told by the order of words
     config.rewards = dict(geneval=1.0)
     config.watched = ("geneval_strict",)
     return config

@@ -104,11 +104,10 @@ def base() -> ml_collections.ConfigDict:
             checkpoint=dict(every=25, keep=2),
             pretrain=dict(
                 steps=1000,
-                clean_steps=0,  # the first of them, which see the pictures with less noise
                 batch=64,
                 shift=3.0,  # of the noise levels that are trained
                 learning_rate=1.5e-3,
-                bias_rate=1.0,  # learning rate of T5's biases by distance, as a multiple: they tell the order of words
+                bias_scale=1.0,  # of T5's initial biases by distance: large ones tell the order of words
                 warmup=100,  # then the rate falls to zero as a cosine
                 b2=0.99,
                 weight_decay=0.0,

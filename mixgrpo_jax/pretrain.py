@@ -47,18 +47,12 @@ def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array
     return jnp.square(v - (noise - x0)).mean()
 
 
-def _is_bias(params: Any) -> Any:
-    """Which leaves are T5's biases of attention by distance, [buckets, heads]."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "relative_bias" in jax.tree_util.keystr(path), params)
-
-
 def make_step(policy: Policy, options: Any):
     """The optimiser and `step(state, images, tokens, key) -> state, loss`, jitted."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup, options.steps)
     optimiser = optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
         optax.adamw(schedule, b2=options.b2, weight_decay=options.weight_decay),
-        optax.masked(optax.scale(options.bias_rate), _is_bias),
     )
 
     @jax.jit
@@ -85,7 +79,9 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     policy = policies.make(parts, config.model)
     key = jax.random.key(config.seed)
     optimiser, step = make_step(policy, options)
-    state = init_state(policies.init(parts, jax.random.fold_in(key, 0)), optimiser)
+    params = policies.init(parts, jax.random.fold_in(key, 0))
+    params["text_encoder_2"]["relative_bias"] *= options.bias_scale
+    state = init_state(params, optimiser)
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
     held_out = HeldOut(config, policy)
 
@@ -93,8 +89,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     for index in progress:
         batch = batches[index - 1]
         tokens = policy.tokenize(batch["prompt"])
-        images = batch["clean" if index <= options.clean_steps else "image"]
-        state, loss = step(state, images, tokens, jax.random.fold_in(key, index))
+        state, loss = step(state, batch["image"], tokens, jax.random.fold_in(key, index))
         if index % 10 == 0:
             progress.set_postfix(loss=f"{loss:.4f}")
         if index % options.evaluate_every and index < options.steps:
