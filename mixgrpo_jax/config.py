@@ -104,6 +104,7 @@ def base() -> ml_collections.ConfigDict:
             checkpoint=dict(every=25, keep=2),
             pretrain=dict(
                 steps=1000,
+                clean_steps=0,  # the first of them, which see the pictures with less noise
                 batch=64,
                 shift=3.0,  # of the noise levels that are trained
                 learning_rate=1.5e-3,

@@ -89,7 +89,8 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     for index in progress:
         batch = batches[index - 1]
         tokens = policy.tokenize(batch["prompt"])
-        state, loss = step(state, batch["image"], tokens, jax.random.fold_in(key, index))
+        images = batch["clean" if index <= options.clean_steps else "image"]
+        state, loss = step(state, images, tokens, jax.random.fold_in(key, index))
         if index % 10 == 0:
             progress.set_postfix(loss=f"{loss:.4f}")
         if index % options.evaluate_every and index < options.steps:

@@ -22,7 +22,7 @@ def test_scores_are_shown_by_every_label_in_columns_that_line_up():
     ]
 
 
-@pytest.mark.parametrize("task", ["signs"])
+@pytest.mark.parametrize("task", ["signs", "scenes"])
 def test_what_ships_is_as_good_as_its_card_says(task, tmp_path):
     config = configs.load(task, CONFIGS)
     card = json.loads((policies.find(config.model.folder) / "card.json").read_text())

@@ -54,7 +54,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy,
     monkeypatch.setattr(pretrain, "make_step", watched)
     config = configs.base()
     config.pretrain.steps, config.pretrain.warmup, config.pretrain.batch = 60, 5, 16
-    config.pretrain.bias_scale = 3.0
+    config.pretrain.clean_steps, config.pretrain.bias_scale = 40, 3.0
     config.evaluation.prompts = config.evaluation.batch = 8
     config.evaluation.num_steps = 2
     scores = pretrain.pretrain(config, tmp_path)
@@ -64,8 +64,8 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy,
 
     batches = signs.batches(signs.load("train"), config.seed, 16)
     assert len(shown) == 60
-    for index in (0, 59):
-        np.testing.assert_array_equal(shown[index][1], batches[index]["image"])
+    for index, name in ((0, "clean"), (39, "clean"), (40, "image"), (59, "image")):
+        np.testing.assert_array_equal(shown[index][1], batches[index][name])
 
     before = policies.init(parts, jax.random.fold_in(jax.random.key(config.seed), 0))
     before["text_encoder_2"]["relative_bias"] *= 3.0

@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "test")
+CLEAN = 0.5  # share of a photograph's noise that is left in the picture which comes with it as "clean"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -35,16 +36,17 @@ class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     url_infos = None  # nothing to download; to look for checksums, TFDS imports a package that it does not require
     IMAGE_SIZE: tuple[int, int]  # rows, columns
-    TEXTS: tuple[str, ...]  # features beside the image
+    TEXTS: tuple[str, ...]  # features beside the images
 
     @abc.abstractmethod
     def examples(self, split: str, count: int, seed: int) -> Iterable[dict]:
-        """`count` examples of a split, each {"image": uint8 [H, W, 3], and TEXTS}; a pure function."""
+        """`count` examples of a split, each {"image", "clean": uint8 [H, W, 3], and TEXTS}; a pure function."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
         image = tfds.features.Tensor(shape=(*self.IMAGE_SIZE, 3), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB)
-        features = tfds.features.FeaturesDict({"image": image, **{name: tfds.features.Text() for name in self.TEXTS}})
+        texts = {name: tfds.features.Text() for name in self.TEXTS}
+        features = tfds.features.FeaturesDict({"image": image, "clean": image, **texts})
         return tfds.core.DatasetInfo(builder=self, description=sys.modules[self.__module__].__doc__, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
@@ -99,7 +101,7 @@ def _build(builder_type: type[Rendered], data_dir: Path, config: str | Sizes) ->
 def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapDataset:
     """Endless batches, shuffled anew in every epoch; batch k is `batches(...)[k]`, a pure function of (seed, k).
 
-    A batch has `image` (uint8 [B, H, W, 3]), `prompt` (B strings) and `metadata` (B dicts).
+    A batch has `image` and `clean` (uint8 [B, H, W, 3]), `prompt` (B strings) and `metadata` (B dicts).
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")
@@ -109,13 +111,25 @@ def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapD
 def collate(elements: list[dict]) -> dict:
     """Elements of the data set as a batch: pictures stacked, the rest as lists."""
     columns = {key: [element[key] for element in elements] for key in elements[0]}
-    return columns | {"image": np.stack(columns["image"])}
+    return columns | {name: np.stack(columns[name]) for name in ("image", "clean")}
 
 
 def noisy(image: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
     """A picture with noise of a standard deviation up to `most`, in levels of 255: uint8, as the image."""
     noise = rng.uniform(0, most) * rng.standard_normal(image.shape)
     return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+def pictures(photograph: Callable, most: float, seed: int, split: str, key: int) -> dict[str, np.ndarray]:
+    """An element's "image", photographed with noise up to `most`, and "clean", the same with CLEAN of that noise.
+
+    Args:
+        photograph: (random numbers, most noise) -> picture.
+    """
+    return {
+        name: photograph(generator(seed, split, key), noise)
+        for name, noise in (("image", most), ("clean", CLEAN * most))
+    }
 
 
 def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:

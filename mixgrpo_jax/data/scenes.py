@@ -24,7 +24,7 @@ from mixgrpo_jax.data.rendered import batches as batches
 from mixgrpo_jax.data.rendered import collate as collate
 from mixgrpo_jax.data.shapes import PALETTE, SHAPES, SIZE, Shape
 
-NOISE = 120.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
+NOISE = 150.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # tokens of the longest prompt, "a photo of a red circle left of a blue square </s>"
 
 # Of a split's prompts; those of one shape are few, and easy.
@@ -141,28 +141,28 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
     ]
 
 
-def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def photograph(scene: Scene, rng: np.random.Generator, noise: float = NOISE) -> np.ndarray:
     """A scene as a data set would have it, somehow laid out, with more or less noise: uint8 [24, 24, 3].
 
     The detector fails on many such pictures, so a model that draws what the data show is no better, and one that learns
     from rewards can be.
     """
-    return rendered.noisy(shapes.render(lay_out(scene, rng)), NOISE, rng)
+    return rendered.noisy(shapes.render(lay_out(scene, rng)), noise, rng)
 
 
 class Scenes(rendered.Rendered):
     """TFDS builder of the rendered scenes."""
 
-    VERSION = tfds.core.Version("1.7.0")
+    VERSION = tfds.core.Version("1.8.0")
     BUILDER_CONFIGS = (rendered.Sizes(name="full", description="20,000 training and 512 test scenes."),)
     IMAGE_SIZE = (shapes.HEIGHT, shapes.WIDTH)
     TEXTS = ("prompt", "metadata")
 
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
-        """Photographs of scenes with their prompts; metadata are JSON."""
+        """Photographs of scenes, and the same with less noise, with their prompts; metadata are JSON."""
         for key, scene in enumerate(sample_scenes(split, count, seed)):
-            image = photograph(scene, rendered.generator(seed, split, key))
-            yield {"image": image, "prompt": scene.prompt, "metadata": json.dumps(scene.metadata)}
+            pictures = rendered.pictures(functools.partial(photograph, scene), NOISE, seed, split, key)
+            yield pictures | {"prompt": scene.prompt, "metadata": json.dumps(scene.metadata)}
 
 
 def load(
@@ -170,15 +170,15 @@ def load(
 ) -> grain.MapDataset:
     """The scenes of `split`, by random access, built on first use.
 
-    An element has `image` (uint8 [24, 24, 3]), `prompt`, and `metadata`: GenEval's. The arguments are those of
-    `rendered.load`.
+    An element has `image` and `clean` (uint8 [24, 24, 3]), `prompt`, and `metadata`: GenEval's. The arguments are those
+    of `rendered.load`.
     """
     return rendered.load(Scenes, split, data_dir, config).map(_element)
 
 
 def _element(example: dict) -> dict:
     metadata = json.loads(example["metadata"].decode())
-    return {"image": example["image"], "prompt": example["prompt"].decode(), "metadata": metadata}
+    return example | {"prompt": example["prompt"].decode(), "metadata": metadata}
 
 
 def groups(metadata: dict) -> dict[str, str]:

@@ -78,13 +78,13 @@ def render(sign: Sign) -> np.ndarray:
     return np.rint(plate + coverage * (digits - plate)).astype(np.uint8)
 
 
-def photograph(sign: Sign, rng: np.random.Generator) -> np.ndarray:
+def photograph(sign: Sign, rng: np.random.Generator, noise: float = NOISE) -> np.ndarray:
     """A sign as a data set would have it, by whatever light there was, with more or less noise: uint8 [16, 48, 3].
 
     The recognition network misreads many such pictures, so a model that draws what the data show is no better, and one
     that learns from rewards can be.
     """
-    return rendered.noisy(render(sign), NOISE, rng)
+    return rendered.noisy(render(sign), noise, rng)
 
 
 def _coverage(number: str) -> np.ndarray:
@@ -140,23 +140,24 @@ class SignsConfig(rendered.Sizes):
 class Signs(rendered.Rendered):
     """TFDS builder of the rendered signs."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.3.0")
     BUILDER_CONFIGS = (SignsConfig(name="full", description="20,000 training and 512 test signs."),)
     IMAGE_SIZE = (HEIGHT, WIDTH)
     TEXTS = ("prompt", "number", "plate", "digits")
 
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
-        """Photographs of signs with their prompts."""
+        """Photographs of signs, and the same with less noise, with their prompts."""
         for key, sign in enumerate(sample_signs(split, count, seed)):
-            image = photograph(sign, rendered.generator(seed, split, key))
-            yield {"image": image, "prompt": sign.prompt, **vars(sign)}
+            pictures = rendered.pictures(functools.partial(photograph, sign), NOISE, seed, split, key)
+            yield pictures | {"prompt": sign.prompt, **vars(sign)}
 
 
 def load(split: str, data_dir: str | os.PathLike | None = None, config: str | SignsConfig = "full") -> grain.MapDataset:
     """The signs of `split`, by random access, built on first use.
 
-    An element has `image` (uint8 [16, 48, 3]), `prompt`, and `metadata`: what the rewards need to know, namely
-    `number`, `plate`, `digits` (names of colours), `plate_rgb`, `digits_rgb` (uint8 [3]), and `palette` (uint8 [9, 3]).
+    An element has `image` and `clean` (uint8 [16, 48, 3]), `prompt`, and `metadata`: what the rewards need to know,
+    namely `number`, `plate`, `digits` (names of colours), `plate_rgb`, `digits_rgb` (uint8 [3]), and `palette` (uint8
+    [9, 3]).
 
     The arguments are those of `rendered.load`.
     """
@@ -167,7 +168,8 @@ def _element(example: dict) -> dict:
     prompt, number, plate, digits = (example[k].decode() for k in ("prompt", "number", "plate", "digits"))
     metadata = {"number": number, "plate": plate, "digits": digits}
     metadata |= {"plate_rgb": np.array(PALETTE[plate], np.uint8), "digits_rgb": np.array(PALETTE[digits], np.uint8)}
-    return {"image": example["image"], "prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
+    images = {name: example[name] for name in ("image", "clean")}
+    return images | {"prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
 
 
 def groups(metadata: dict) -> dict[str, str]:

@@ -8,6 +8,8 @@ import pytest
 from mixgrpo_jax.data import rendered, scenes, shapes
 from mixgrpo_jax.data.scenes import KINDS, Scene
 from mixgrpo_jax.data.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape
+from mixgrpo_jax.rewards import geneval
+from mixgrpo_jax.rewards.shapes import detect
 
 SMALL = rendered.Sizes(name="small", train=48, test=8)
 
@@ -137,9 +139,19 @@ def test_photographs_are_addressed_by_their_generator_and_differ_in_noise():
     assert min(spread) < 15 < 50 < max(spread)  # some are clean, some are bad
 
 
+def test_a_clean_picture_is_its_photograph_with_less_noise(train):
+    clean, images = (np.stack([element[name] for element in train]) for name in ("clean", "image"))
+    metadata = [element["metadata"] for element in train]
+    scores = [geneval.scores(detect(pictures), metadata, strict=True).mean() for pictures in (images, clean)]
+    assert 0.3 < scores[0] < 0.6 < 0.75 < scores[1]
+    noise, less = (np.abs(pictures[:, 10:14] - 235.0) for pictures in (images, clean))  # where no shape lies
+    inside = (images[:, 10:14] > 0) & (images[:, 10:14] < 255)
+    np.testing.assert_allclose(less[inside], rendered.CLEAN * noise[inside], atol=1)
+
+
 def test_batches_hold_pictures_prompts_and_metadata(train):
     batch = scenes.batches(train, 0, 8)[5]
-    assert batch["image"].shape == (8, 24, 24, 3)
+    assert batch["image"].shape == batch["clean"].shape == (8, 24, 24, 3)
     assert [metadata["prompt"] for metadata in batch["metadata"]] == batch["prompt"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mixgrpo_jax.data import signs
+from mixgrpo_jax.data import rendered, signs
 from mixgrpo_jax.data.signs import DARK, LIGHT, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, SignsConfig
 
 
@@ -90,9 +90,10 @@ def test_elements_carry_picture_prompt_and_what_the_rewards_need(train):
     metadata = element["metadata"]
     sign = Sign(metadata["number"], metadata["plate"], metadata["digits"])
     assert element["prompt"] == sign.prompt
-    noise = element["image"].astype(float) - signs.render(sign)
+    noise, less = (element[name].astype(float) - signs.render(sign) for name in ("image", "clean"))
     unclipped = (element["image"] > 0) & (element["image"] < 255)
     assert 0 < noise[unclipped].std() < 1.1 * signs.NOISE
+    np.testing.assert_allclose(less[unclipped], rendered.CLEAN * noise[unclipped], atol=1)
     assert tuple(metadata["plate_rgb"]) == PALETTE[sign.plate]
     assert tuple(metadata["digits_rgb"]) == PALETTE[sign.digits]
     assert metadata["palette"].shape == (9, 3)
