@@ -20,6 +20,7 @@ from mixgrpo_jax.models.flux import weights as flux_weights
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_release import released
 
 CONFIG = flux.flux_small(
@@ -201,7 +202,7 @@ def test_every_kind_of_source_streams_onto_a_mesh(tmp_path):
     for to in ("diffusers", "orbax"):
         convert(tmp_path / "flux.safetensors", tmp_path / to, to)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    flags = virtual_devices(8) | {"PYTHONPATH": root}
     command = [sys.executable, "-c", ON_A_MESH, "diffusers", "orbax", "flux.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models.policy import SHIPPED
 from mixgrpo_jax.models.text import clip, t5
 from mixgrpo_jax.rewards import Reward, score_all
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 LENGTH, CLIP_LENGTH = 12, 10
 T5 = t5.t5_tiny(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)
@@ -358,7 +359,7 @@ def test_an_encoder_needs_its_tokenizer(source, prompts, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_on_eight_devices_gives_the_same_features(source, prompts, encoded, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | virtual_devices(8)
     arguments = dict(source=source, prompts=prompts, target=tmp_path, batch=8, shard_size=8)
     line = [sys.executable, "-m", "mixgrpo_jax.encode", *(f"--{name}={value}" for name, value in arguments.items())]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)

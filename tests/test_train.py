@@ -16,6 +16,7 @@ from PIL import Image
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
+from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
@@ -129,6 +130,7 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
 
 SIZES = (
     dict(data=8),
+    dict(data=1, fsdp=8),
     dict(data=4, tensor=2),
     dict(data=1, fsdp=4, context=2),
     dict(data=1, fsdp=4, tensor=2, rollout_fsdp=2),
@@ -155,7 +157,7 @@ def smooth():
 @pytest.mark.slow
 def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
     train.train(smooth(), tmp_path / "one")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | virtual_devices(8)
     root = pathlib.Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", MESHES, str(tmp_path)], check=True, env=env, cwd=root)
     one = lines(tmp_path / "one")

@@ -17,6 +17,16 @@ BATCH = PartitionSpec(("data", "fsdp"))
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
+def virtual_devices(count: int) -> dict[str, str]:
+    """Environment variables with which a process has so many devices on a CPU.
+
+    What is scheduled to run concurrently may run in any order, and devices that meet collectives in different orders
+    wait for each other for ever: so nothing is.
+    """
+    flags = f"--xla_force_host_platform_device_count={count} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes data, fsdp, context, tensor, of size 1 where `sizes` does not say.
 

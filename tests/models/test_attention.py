@@ -14,6 +14,7 @@ from mixgrpo_jax.models import attention as module
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.attention import attention, block_size
 from mixgrpo_jax.models.remat import REMAT, rematerialise
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 FLUX = flux.flux_small(num_layers=3, num_single_layers=5)  # numbers that tell the stacked residuals apart
 WIDTH, HEADS = FLUX.width, FLUX.num_attention_heads
@@ -258,7 +259,7 @@ def run(program, **environment):
 
 @pytest.mark.parametrize("program", [ON_A_MESH, IN_CONTEXT], ids=["samples and heads", "tokens"])
 def test_a_mesh_splits_samples_heads_and_tokens_where_they_divide(program):
-    run(program, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run(program, **virtual_devices(8))
 
 
 FOR_TPU = """

@@ -18,6 +18,7 @@ from mixgrpo_jax.models.flux.model import FluxConfig
 from mixgrpo_jax.models.flux.weights import TABLE
 from mixgrpo_jax.models.layers import Linear
 from mixgrpo_jax.models.lora import Int8Kernel, LoraConfig
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 WIDTH, BLOCKS = 16, 3
 
@@ -182,9 +183,8 @@ def test_sharded_adapters_give_the_same_result():
         assert len(sharded["blocks"]["up"]["kernel"].base.values.sharding.device_set) == 4
         print(t.relative_error(t.run(sharded, t.x()), t.run(whole, t.x())))
     """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | virtual_devices(4), capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert float(done.stdout) < 1e-5
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixgrpo_jax.models.placement import spread
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 ON_EIGHT = """
 import functools
@@ -46,9 +47,8 @@ assert not hlo.cost(compiled.as_text()).collectives
 
 
 def test_each_device_computes_its_own_samples_and_may_take_them_one_by_one():
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT], env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 0.99 < float(done.stdout) < 1.03

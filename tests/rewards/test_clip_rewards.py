@@ -18,6 +18,7 @@ from mixgrpo_jax.models import clip
 from mixgrpo_jax.rewards import clip_text, probe, score_all
 from mixgrpo_jax.rewards.clip import Similarity, clipscore, hps, pickscore
 from mixgrpo_jax.rewards.preprocess import MEAN, STD
+from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_clip_model import expected_embeddings, hf_model, make_config, open_clip_model
 from tests.rewards.test_preprocess import by_pil, by_torch, pictures
 
@@ -190,9 +191,8 @@ def test_pictures_that_are_sharded_over_a_batch_score_the_same():
         held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
         assert held < 0.3 * sum(a.nbytes for a in jax.tree.leaves(params)), held
     """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | virtual_devices(4), capture_output=True, text=True)
     assert not done.returncode, done.stderr
     difference, spread = map(float, done.stdout.split())
     assert difference < 1e-5 < 1e-3 < spread

@@ -12,6 +12,7 @@ from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
 from mixgrpo_jax.flow.rollout import Sampler, rollout
 from mixgrpo_jax.rl.objectives import GRPOConfig, Row, grpo
 from mixgrpo_jax.rl.update import apply_updates, assign, init_state, make_update, stochastic_round
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 GROUP_ID = jnp.repeat(jnp.arange(2), 4)
 ADVANTAGE = jnp.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.1, -0.1])
@@ -171,6 +172,6 @@ for prompts, group, micro_batch in ((16, 12, 24), (8, 6, 24), (32, 2, 8)):
 
 
 def test_no_sample_moves_on_a_mesh():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | virtual_devices(8)
     done = subprocess.run([sys.executable, "-c", ON_EIGHT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

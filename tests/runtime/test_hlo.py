@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from mixgrpo_jax.runtime import hlo
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 
 def compiled(function, *shapes):
@@ -119,8 +120,7 @@ assert cost.collectives == {"all-reduce": (1, 2 * 4 * 32 * 7 / 8)}, cost
 
 
 def test_collectives_over_eight_devices():
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT], env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import pytest
 
+from mixgrpo_jax.runtime.mesh import virtual_devices
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def run(workdir, folder, processes, rank=0, off_policy=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
-    told["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+    told |= virtual_devices(8 // processes)
     command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank), str(int(off_policy))]
     started = []
     try:
