@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 from mixgrpo_jax.flow import plans, schedules, solvers
 from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
 from mixgrpo_jax.flow.rollout import Sampler, integrate, rollout
+from mixgrpo_jax.runtime.mesh import virtual_devices
 
 GROUP = 3
 FLASH = dict(suffix_ratio=0.4, solver_order=2)
@@ -118,6 +122,38 @@ def test_noise_is_addressed_by_sample_and_step(toy):
         )
         recovered.append((rows.x_next[offset] - transition.mean) / transition.std)
     np.testing.assert_allclose(*recovered, atol=1e-4)
+
+
+ON_EIGHT = """
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
+from mixgrpo_jax.flow.rollout import Sampler, initial_noise, rollout
+from mixgrpo_jax.runtime.mesh import make_mesh
+
+def draw(plan, key):
+    noise = initial_noise(Sampler(), key, jnp.arange(8), (16, 4))
+    still = lambda params, x, sigma, cond: jnp.zeros_like(x)
+    drawn = rollout(still, None, plan, noise, noise, key, sampler=Sampler(), window_length=2, group_size=2)
+    return noise, drawn.x0, drawn.rows.x_next[0], drawn.rows.x_next[1]
+
+asked = make_plan(PlanConfig(num_steps=4, length=2), WindowState(1, 0, 0)), jax.random.key(3)
+one = jax.jit(draw)(*asked)
+assert len(jax.devices()) == 8 and one[0].std() > 0.9 and (one[1] != one[2]).mean() > 0.9
+for sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "context": 4}, {"data": 2, "fsdp": 2, "context": 2}):
+    place = NamedSharding(make_mesh(sizes), P(("data", "fsdp"), "context"))
+    on_mesh = jax.jit(draw, out_shardings=(place,) * 4)(*asked)
+    assert len({shard.device for shard in on_mesh[0].addressable_shards}) == 8
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, one)
+"""
+
+
+def test_noise_is_identical_whatever_the_mesh():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_reference_exact_truncates_timesteps_and_rounds_noise():
