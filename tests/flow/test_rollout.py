@@ -125,7 +125,6 @@ def test_noise_is_addressed_by_sample_and_step(toy):
 
 
 ON_EIGHT = """
-from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
