@@ -2,7 +2,7 @@
 
     python -m mixgrpo_jax.pretrain --config=configs/scenes.py --workdir=runs/scenes
 
-Hardware: 2 CPU cores, about twenty minutes. Expected: a held-out strict score (GenEval's rule, on what a detector by
+Hardware: a CPU core, about half an hour. Expected: a held-out strict score (GenEval's rule, on what a detector by
 segmentation finds) of 0.51 on 256 prompts. The result ships with the package: train with
 `--config=configs/quickstart.py:scenes`, two to five seconds an iteration, to 0.91 (512 prompts, one seed).
 """

@@ -132,8 +132,7 @@ def _graphdef(config: T5Config) -> nnx.GraphDef:
 def init(config: T5Config, key: jax.Array) -> Params:
     """Parameters in fp32 to train from scratch, with T5's own scales (unit embeddings, q by (d_model d_kv)^-1/2).
 
-    But for the biases by distance: T5 begins with d_model^-1/2, these with 1, by which a small encoder sooner tells the
-    order of words.
+    But for the biases by distance: T5's begin with a scale of d_model^-1/2, these with 1.
     """
     return nnx.to_pure_dict(nnx.state(_Encoder(config, rngs=nnx.Rngs(key))))
 
