@@ -63,6 +63,8 @@ def weights_file() -> Path:
 def load(path: str | os.PathLike) -> tuple[Network, Params]:
     """Reads an ONNX file: the network, up to its logits, and its parameters by their names in the file.
 
+    Convolutions' filters become [height, width, inputs, outputs], as Flax has them; all else is as in the file.
+
     Raises:
         ValueError: another opset, an unknown operator, an operator with other attributes or inputs than the known ones,
             a graph that does not end in a softmax over classes, or a file without an alphabet; the message names it.
@@ -74,6 +76,8 @@ def load(path: str | os.PathLike) -> tuple[Network, Params]:
     *nodes, last = (_node(path, node) for node, yes in zip(model.graph.node, is_constant) if not yes)
     if last.operator != "Softmax":
         raise ValueError(f"{path}: the graph ends in {last.operator}: give one that ends in a Softmax over classes")
+    for name in {node.inputs[1] for node in nodes if node.operator == "Conv"}:
+        tensors[name] = np.ascontiguousarray(tensors[name].transpose(2, 3, 1, 0))
     params = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32 and tensor.size > 1}
     constants = {name: tensor for name, tensor in tensors.items() if name not in params}
     return Network(tuple(nodes), constants, model.graph.input[0].name, last.inputs[0], _alphabet(path, model)), params
