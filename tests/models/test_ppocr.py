@@ -135,6 +135,7 @@ SOFTMAX = node("Softmax", "z", output="y", axis=-1)
         ([node("Conv", "x", "w", kernel_shape=[1, 1]), SOFTMAX], "operator Conv of 'z': missing a required.*'strides'"),
         ([node("Clip", "x"), SOFTMAX], "operator Clip of 'z': missing a required argument"),
         ([node("Relu", "x")], "ends in Relu"),
+        ([node("Conv", "x", "x", **CONV), SOFTMAX], "'x' filters a Conv"),
     ],
 )
 def test_another_graph_is_refused(tmp_path, nodes, message):

@@ -67,7 +67,8 @@ def load(path: str | os.PathLike) -> tuple[Network, Params]:
 
     Raises:
         ValueError: another opset, an unknown operator, an operator with other attributes or inputs than the known ones,
-            a graph that does not end in a softmax over classes, or a file without an alphabet; the message names it.
+            a convolution without constant filters [O, I, kh, kw], a graph that does not end in a softmax over classes,
+            or a file without an alphabet; the message names it.
     """
     model = onnx.load(path)
     _check_opset(path, model)
@@ -77,6 +78,10 @@ def load(path: str | os.PathLike) -> tuple[Network, Params]:
     if last.operator != "Softmax":
         raise ValueError(f"{path}: the graph ends in {last.operator}: give one that ends in a Softmax over classes")
     for name in {node.inputs[1] for node in nodes if node.operator == "Conv"}:
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(
+                f"{path}: {name!r} filters a Conv, but is no constant of four axes: give a frozen 2-D network"
+            )
         tensors[name] = np.ascontiguousarray(tensors[name].transpose(2, 3, 1, 0))
     params = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32 and tensor.size > 1}
     constants = {name: tensor for name, tensor in tensors.items() if name not in params}
