@@ -37,6 +37,8 @@ from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
+# With it on, libtpu 0.0.42.1 aborts on FLUX.1's sharded update for a tpu7x; for v6e the program is as large either way.
+LIBTPU_INIT_ARGS = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=false"
 BOUND = (
     "the largest of compute, memory and interconnect in each phase, at full utilisation: peak bf16 products, the "
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
@@ -223,6 +225,7 @@ def find_parts(settings: Settings, architecture: str) -> policies.Parts:
 def main(_):  # noqa: D103
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or the TPU's library asks the cloud which TPU this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it refuses where another process has loaded it
+    os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
     jax.config.update("jax_platforms", "cpu")
     settings = configs.resolve(_CONFIG.value)
     if settings.config.model.attention == "auto":
