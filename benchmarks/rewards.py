@@ -38,7 +38,7 @@ def ocr_ways(count: int) -> Ways:
     """PP-OCRv4's recognition network on `count` signs with more or less noise."""
     rng = np.random.default_rng(0)
     drawn = signs.sample_signs("test", count)
-    images = np.stack([signs.photograph(sign, rng) for sign in drawn])
+    images = np.stack([signs.photograph(sign, rng)["image"] for sign in drawn])
     numbers = [{"number": sign.number} for sign in drawn]
 
     def score(read: ocr.Read, rows: slice = slice(None)) -> np.ndarray:

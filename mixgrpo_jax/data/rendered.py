@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "test")
-CLEAN = 0.5  # share of a photograph's noise that is left in the picture which comes with it as "clean"
+CLEAN = 0.5
+PICTURES = {"image": 1.0, "clean": CLEAN}  # what an element has, and the share of its noise that is left in each
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,13 +41,13 @@ class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     @abc.abstractmethod
     def examples(self, split: str, count: int, seed: int) -> Iterable[dict]:
-        """`count` examples of a split, each {"image", "clean": uint8 [H, W, 3], and TEXTS}; a pure function."""
+        """`count` examples of a split, each {PICTURES: uint8 [H, W, 3], and TEXTS}; a pure function."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
         image = tfds.features.Tensor(shape=(*self.IMAGE_SIZE, 3), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB)
         texts = {name: tfds.features.Text() for name in self.TEXTS}
-        features = tfds.features.FeaturesDict({"image": image, "clean": image, **texts})
+        features = tfds.features.FeaturesDict(dict.fromkeys(PICTURES, image) | texts)
         return tfds.core.DatasetInfo(builder=self, description=sys.modules[self.__module__].__doc__, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
@@ -111,24 +112,14 @@ def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapD
 def collate(elements: list[dict]) -> dict:
     """Elements of the data set as a batch: pictures stacked, the rest as lists."""
     columns = {key: [element[key] for element in elements] for key in elements[0]}
-    return columns | {name: np.stack(columns[name]) for name in ("image", "clean")}
+    return columns | {name: np.stack(columns[name]) for name in PICTURES}
 
 
-def noisy(image: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
-    """A picture with noise of a standard deviation up to `most`, in levels of 255: uint8, as the image."""
-    noise = rng.uniform(0, most) * rng.standard_normal(image.shape)
-    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
-
-
-def pictures(photograph: Callable, most: float, seed: int, split: str, key: int) -> dict[str, np.ndarray]:
-    """An element's "image", photographed with noise up to `most`, and "clean", the same with CLEAN of that noise.
-
-    Args:
-        photograph: (random numbers, most noise) -> picture.
-    """
+def photograph(picture: np.ndarray, most: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A picture with noise of a standard deviation up to `most`, in levels of 255: PICTURES, each uint8 [H, W, 3]."""
+    noise = rng.uniform(0, most) * rng.standard_normal(picture.shape)
     return {
-        name: photograph(generator(seed, split, key), noise)
-        for name, noise in (("image", most), ("clean", CLEAN * most))
+        name: np.clip(np.rint(picture + share * noise), 0, 255).astype(np.uint8) for name, share in PICTURES.items()
     }
 
 

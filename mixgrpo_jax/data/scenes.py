@@ -141,13 +141,13 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Shape]:
     ]
 
 
-def photograph(scene: Scene, rng: np.random.Generator, noise: float = NOISE) -> np.ndarray:
-    """A scene as a data set would have it, somehow laid out, with more or less noise: uint8 [24, 24, 3].
+def photograph(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A scene as a data set would have it, somehow laid out, with more or less noise.
 
     The detector fails on many such pictures, so a model that draws what the data show is no better, and one that learns
     from rewards can be.
     """
-    return rendered.noisy(shapes.render(lay_out(scene, rng)), noise, rng)
+    return rendered.photograph(shapes.render(lay_out(scene, rng)), NOISE, rng)
 
 
 class Scenes(rendered.Rendered):
@@ -161,7 +161,7 @@ class Scenes(rendered.Rendered):
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
         """Photographs of scenes, and the same with less noise, with their prompts; metadata are JSON."""
         for key, scene in enumerate(sample_scenes(split, count, seed)):
-            pictures = rendered.pictures(functools.partial(photograph, scene), NOISE, seed, split, key)
+            pictures = photograph(scene, rendered.generator(seed, split, key))
             yield pictures | {"prompt": scene.prompt, "metadata": json.dumps(scene.metadata)}
 
 

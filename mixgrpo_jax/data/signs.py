@@ -78,13 +78,13 @@ def render(sign: Sign) -> np.ndarray:
     return np.rint(plate + coverage * (digits - plate)).astype(np.uint8)
 
 
-def photograph(sign: Sign, rng: np.random.Generator, noise: float = NOISE) -> np.ndarray:
-    """A sign as a data set would have it, by whatever light there was, with more or less noise: uint8 [16, 48, 3].
+def photograph(sign: Sign, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A sign as a data set would have it, by whatever light there was, with more or less noise.
 
     The recognition network misreads many such pictures, so a model that draws what the data show is no better, and one
     that learns from rewards can be.
     """
-    return rendered.noisy(render(sign), noise, rng)
+    return rendered.photograph(render(sign), NOISE, rng)
 
 
 def _coverage(number: str) -> np.ndarray:
@@ -148,7 +148,7 @@ class Signs(rendered.Rendered):
     def examples(self, split: str, count: int, seed: int) -> Iterator[dict]:
         """Photographs of signs, and the same with less noise, with their prompts."""
         for key, sign in enumerate(sample_signs(split, count, seed)):
-            pictures = rendered.pictures(functools.partial(photograph, sign), NOISE, seed, split, key)
+            pictures = photograph(sign, rendered.generator(seed, split, key))
             yield pictures | {"prompt": sign.prompt, **vars(sign)}
 
 
@@ -168,7 +168,7 @@ def _element(example: dict) -> dict:
     prompt, number, plate, digits = (example[k].decode() for k in ("prompt", "number", "plate", "digits"))
     metadata = {"number": number, "plate": plate, "digits": digits}
     metadata |= {"plate_rgb": np.array(PALETTE[plate], np.uint8), "digits_rgb": np.array(PALETTE[digits], np.uint8)}
-    images = {name: example[name] for name in ("image", "clean")}
+    images = {name: example[name] for name in rendered.PICTURES}
     return images | {"prompt": prompt, "metadata": metadata | {"palette": _PALETTE_RGB}}
 
 

@@ -131,10 +131,10 @@ def test_data_set_holds_what_was_drawn(train):
 
 def test_photographs_are_addressed_by_their_generator_and_differ_in_noise():
     scene = Scene("single_object", (("square", ""),))
-    one, same, other = (scenes.photograph(scene, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (scenes.photograph(scene, np.random.default_rng(seed))["image"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).mean() > 0.5
-    pictures = [scenes.photograph(scene, np.random.default_rng(s)) for s in range(20)]
+    pictures = [scenes.photograph(scene, np.random.default_rng(s))["image"] for s in range(20)]
     spread = [np.quantile(np.abs(picture - 235.0), 0.7) for picture in pictures]
     assert min(spread) < 15 < 50 < max(spread)  # some are clean, some are bad
 

@@ -101,11 +101,12 @@ def test_elements_carry_picture_prompt_and_what_the_rewards_need(train):
 
 def test_photographs_are_addressed_by_their_generator():
     sign = Sign("42", "blue", "white")
-    one, same, other = (signs.photograph(sign, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (signs.photograph(sign, np.random.default_rng(seed))["image"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).mean() > 0.5
     errors = [
-        np.abs(signs.photograph(sign, np.random.default_rng(s)) - 1.0 * signs.render(sign)).std() for s in range(20)
+        np.abs(signs.photograph(sign, np.random.default_rng(s))["image"] - 1.0 * signs.render(sign)).std()
+        for s in range(20)
     ]
     assert min(errors) < 10 < 30 < max(errors)  # some are clean, some are bad
 

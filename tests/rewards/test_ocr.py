@@ -88,7 +88,7 @@ def test_missing_weights_name_the_remedy(monkeypatch, network):
 def photographs(count):
     """Signs, every other one with noise."""
     rng, signs = np.random.default_rng(0), sample_signs("test", count)
-    images = [photograph(sign, rng) if i % 2 else render(sign) for i, sign in enumerate(signs)]
+    images = [photograph(sign, rng)["image"] if i % 2 else render(sign) for i, sign in enumerate(signs)]
     return np.stack(images), [{"number": sign.number} for sign in signs]
 
 
