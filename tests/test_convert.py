@@ -1,10 +1,7 @@
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +19,7 @@ from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_release import released
+from tests.python import run_program
 
 CONFIG = flux.flux_small(
     in_channels=12,
@@ -201,11 +199,7 @@ def test_every_kind_of_source_streams_onto_a_mesh(tmp_path):
     weights.write_safetensors(tmp_path / "flux.safetensors", released(dtype=ml_dtypes.bfloat16))
     for to in ("diffusers", "orbax"):
         convert(tmp_path / "flux.safetensors", tmp_path / to, to)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    flags = virtual_devices(8) | {"PYTHONPATH": root}
-    command = [sys.executable, "-c", ON_A_MESH, "diffusers", "orbax", "flux.safetensors"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program(ON_A_MESH, "diffusers", "orbax", "flux.safetensors", cwd=tmp_path, **virtual_devices(8))
 
 
 def change_json(file, **changes):

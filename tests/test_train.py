@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
+from tests.python import ROOT, run_program
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 
@@ -157,9 +156,7 @@ def smooth():
 @pytest.mark.slow
 def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
     train.train(smooth(), tmp_path / "one")
-    env = os.environ | virtual_devices(8)
-    root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", MESHES, str(tmp_path)], check=True, env=env, cwd=root)
+    run_program(MESHES, tmp_path, cwd=ROOT, **virtual_devices(8))
     one = lines(tmp_path / "one")
     for index in range(len(SIZES)):
         log = lines(tmp_path / str(index))

@@ -1,7 +1,4 @@
 import itertools
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -13,6 +10,7 @@ from mixgrpo_jax.flow import plans, schedules, solvers
 from mixgrpo_jax.flow.plans import PlanConfig, WindowState, make_plan
 from mixgrpo_jax.flow.rollout import Sampler, integrate, rollout
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 GROUP = 3
 FLASH = dict(suffix_ratio=0.4, solver_order=2)
@@ -149,10 +147,7 @@ for sizes in ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "context": 4}, {"
 
 
 def test_noise_is_identical_whatever_the_mesh():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_program(ON_EIGHT, **virtual_devices(8))
 
 
 def test_reference_exact_truncates_timesteps_and_rounds_noise():

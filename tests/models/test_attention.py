@@ -1,8 +1,5 @@
 import functools
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.attention import attention, block_size
 from mixgrpo_jax.models.remat import REMAT, rematerialise
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 FLUX = flux.flux_small(num_layers=3, num_single_layers=5)  # numbers that tell the stacked residuals apart
 WIDTH, HEADS = FLUX.width, FLUX.num_attention_heads
@@ -251,15 +249,9 @@ for backend in ("xla", "splash"):
 """
 
 
-def run(program, **environment):
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("program", [ON_A_MESH, IN_CONTEXT], ids=["samples and heads", "tokens"])
 def test_a_mesh_splits_samples_heads_and_tokens_where_they_divide(program):
-    run(program, **virtual_devices(8))
+    run_program(program, **virtual_devices(8))
 
 
 FOR_TPU = """
@@ -297,5 +289,5 @@ print(temporaries("splash"), temporaries("xla"))
 def test_the_tpu_compiler_takes_splash_and_needs_less_memory_than_for_xla():
     pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
     compiler = dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # others may be compiling, too
-    splash, xla = map(int, run(FOR_TPU, JAX_PLATFORMS="cpu", **compiler).split())
+    splash, xla = map(int, run_program(FOR_TPU, JAX_PLATFORMS="cpu", **compiler).split())
     assert splash < xla / 2

@@ -1,9 +1,5 @@
 import functools
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +15,7 @@ from mixgrpo_jax.models.flux.weights import TABLE
 from mixgrpo_jax.models.layers import Linear
 from mixgrpo_jax.models.lora import Int8Kernel, LoraConfig
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 WIDTH, BLOCKS = 16, 3
 
@@ -183,10 +180,7 @@ def test_sharded_adapters_give_the_same_result():
         assert len(sharded["blocks"]["up"]["kernel"].base.values.sharding.device_set) == 4
         print(t.relative_error(t.run(sharded, t.x()), t.run(whole, t.x())))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=os.environ | virtual_devices(4), capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    assert float(done.stdout) < 1e-5
+    assert float(run_program(code, **virtual_devices(4))) < 1e-5
 
 
 @pytest.mark.parametrize("place", [np.asarray, jnp.asarray])

@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mixgrpo_jax.models.placement import spread
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 ON_EIGHT = """
 import functools
@@ -47,11 +44,7 @@ assert not hlo.cost(compiled.as_text()).collectives
 
 
 def test_each_device_computes_its_own_samples_and_may_take_them_one_by_one():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 0.99 < float(done.stdout) < 1.03
+    assert 0.99 < float(run_program(ON_EIGHT, **virtual_devices(8))) < 1.03
 
 
 def test_without_a_mesh_nothing_moves():

@@ -1,8 +1,5 @@
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Mapping
 
 import jax
@@ -15,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mixgrpo_jax.models import weights
 from mixgrpo_jax.models.weights import Rule, linear
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 TABLE = [
     *linear("net.{i}.proj", "blocks/proj"),
@@ -193,12 +191,7 @@ assert sorted(asked) == [f"b.{i}" for i in range(8)], "each block is read once, 
 
 def test_parameters_stream_onto_a_mesh(tmp_path):
     weights.write_safetensors(tmp_path / "model.safetensors", released(ml_dtypes.bfloat16))
-    root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-    flags = virtual_devices(8) | {"PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH], cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(ON_A_MESH, cwd=tmp_path, **virtual_devices(8))
 
 
 @pytest.mark.parametrize("use", [lambda p: weights.load(TABLE, p, released()), lambda p: weights.export(TABLE, p)])

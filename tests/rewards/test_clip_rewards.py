@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import html
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +16,7 @@ from mixgrpo_jax.rewards.clip import Similarity, clipscore, hps, pickscore
 from mixgrpo_jax.rewards.preprocess import MEAN, STD
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_clip_model import expected_embeddings, hf_model, make_config, open_clip_model
+from tests.python import run_program
 from tests.rewards.test_preprocess import by_pil, by_torch, pictures
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -191,10 +188,7 @@ def test_pictures_that_are_sharded_over_a_batch_score_the_same():
         held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
         assert held < 0.3 * sum(a.nbytes for a in jax.tree.leaves(params)), held
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, env=os.environ | virtual_devices(4), capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    difference, spread = map(float, done.stdout.split())
+    difference, spread = map(float, run_program(code, **virtual_devices(4)).split())
     assert difference < 1e-5 < 1e-3 < spread
 
 

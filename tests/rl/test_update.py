@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +9,7 @@ from mixgrpo_jax.flow.rollout import Sampler, rollout
 from mixgrpo_jax.rl.objectives import GRPOConfig, Row, grpo
 from mixgrpo_jax.rl.update import apply_updates, assign, init_state, make_update, stochastic_round
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 GROUP_ID = jnp.repeat(jnp.arange(2), 4)
 ADVANTAGE = jnp.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.1, -0.1])
@@ -172,6 +169,4 @@ for prompts, group, micro_batch in ((16, 12, 24), (8, 6, 24), (32, 2, 8)):
 
 
 def test_no_sample_moves_on_a_mesh():
-    env = os.environ | virtual_devices(8)
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program(ON_EIGHT, **virtual_devices(8))

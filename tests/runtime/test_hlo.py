@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mixgrpo_jax.runtime import hlo
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from tests.python import run_program
 
 
 def compiled(function, *shapes):
@@ -120,7 +117,4 @@ assert cost.collectives == {"all-reduce": (1, 2 * 4 * 32 * 7 / 8)}, cost
 
 
 def test_collectives_over_eight_devices():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT], env=os.environ | virtual_devices(8), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_program(ON_EIGHT, **virtual_devices(8))
