@@ -37,6 +37,8 @@ def _first(x):
 
 
 def _elementwise(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The operator by an elementwise function, whose inputs are broadcast to each other."""
+
     @functools.wraps(function)
     def operate(*xs, **attributes):
         if max(x.ndim for x in xs) < 4:
@@ -130,7 +132,7 @@ OPERATORS: dict[str, Callable[..., Array]] = {
     "HardSigmoid": _elementwise(lambda x, *, alpha, beta: jnp.clip(alpha * x + beta, 0, 1)),
     "MatMul": operator.matmul,
     "Mul": _elementwise(operator.mul),
-    "Pow": operator.pow,
+    "Pow": _elementwise(operator.pow),
     "ReduceMean": lambda x, *, axes: x.mean(tuple(axes), keepdims=True),
     "Relu": _elementwise(lambda x: jax.nn.relu(x)),
     "Reshape": _reshape,
@@ -138,7 +140,7 @@ OPERATORS: dict[str, Callable[..., Array]] = {
     "Sigmoid": _elementwise(lambda x: jax.nn.sigmoid(x)),
     "Slice": _slice,
     "Softmax": _softmax,
-    "Sqrt": lambda x: jnp.sqrt(x),
+    "Sqrt": _elementwise(lambda x: jnp.sqrt(x)),
     "Squeeze": lambda x, *, axes: x.squeeze(tuple(axes)),
     "Sub": _elementwise(operator.sub),
     "Transpose": lambda x, *, perm: x.transpose(perm),
