@@ -9,13 +9,12 @@ goes to every run of `train`. A run that has finished is not repeated.
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 from absl import app, flags
 
-from mixgrpo_jax.runtime import metrics
+from mixgrpo_jax.runtime import distributed, metrics
 from mixgrpo_jax.runtime.mesh import virtual_devices
 
 METRICS = ("reward/{}/mean", "advantage/abs_mean", "loss/total", "grad_norm", "ratio/max_deviation", "held_out/{}/mean")
@@ -35,17 +34,12 @@ def run(workdir: pathlib.Path, mesh: str, devices: int, processes: int, argument
     sizes = dict(data="1") | dict(size.split("=") for size in mesh.split())
     settings = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
     command = [sys.executable, "-m", "mixgrpo_jax.train", f"--config={_CONFIG.value}", f"--workdir={workdir}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | virtual_devices(devices)
-    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     workdir.mkdir(parents=True, exist_ok=True)
     started = []
-    for index in range(processes):
+    for index, told in enumerate(distributed.on_loopback(processes)):
+        env = os.environ | virtual_devices(devices) | told
         with (workdir / f"{index}.log").open("w") as log:
-            told = env | {"JAX_PROCESS_ID": str(index)}
-            started.append(subprocess.Popen([*command, *settings, *arguments], env=told, stdout=log, stderr=log))
+            started.append(subprocess.Popen([*command, *settings, *arguments], env=env, stdout=log, stderr=log))
     for process in started:
         if process.wait():
             raise RuntimeError(f"a run has failed: see {workdir}/*.log")

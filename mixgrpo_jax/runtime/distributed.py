@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -34,6 +35,14 @@ def initialize() -> None:
         jax.distributed.initialize()  # which takes the address from the environment, if it is there
     elif told:
         raise ValueError(f"{ADDRESS}={told[ADDRESS]}, but {_set_or_unset([COUNT, INDEX])}")
+
+
+def on_loopback(processes: int) -> list[dict[str, str]]:
+    """Environment variables by which so many processes on this machine find each other, of each one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [{ADDRESS: address, COUNT: str(processes), INDEX: str(index)} for index in range(processes)]
 
 
 def _explicit(told: Mapping[str, str]) -> dict[str, Any]:

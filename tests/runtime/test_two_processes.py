@@ -5,13 +5,13 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime.mesh import virtual_devices
 
 pytestmark = pytest.mark.slow
@@ -43,15 +43,11 @@ if config.model.lora.rank:
 
 def run(workdir, folder, processes, rank=0, off_policy=False):
     """Train in `workdir` by so many processes of eight devices together; returns its metrics but what a clock says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
-    told |= virtual_devices(8 // processes)
     command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank), str(int(off_policy))]
     started = []
     try:
-        for index in range(processes):
-            env = os.environ | told | {"JAX_PROCESS_ID": str(index)}
+        for index, told in enumerate(distributed.on_loopback(processes)):
+            env = os.environ | virtual_devices(8 // processes) | told
             log = (pathlib.Path(workdir).parent / f"{pathlib.Path(workdir).name}-{index}.log").open("w")
             started.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log), log.name))
         for process, log in started:
