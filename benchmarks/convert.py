@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.flux import weights as flux_weights
-from mixgrpo_jax.models.weights import Lazy
+from mixgrpo_jax.models.io.weights import Lazy
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "New folder for the files, removed at the end.", required=True)
 _LAYERS = flags.DEFINE_list("layers", ["19", "38"], "Double blocks, single blocks.")

@@ -21,11 +21,11 @@ import torch
 import transformers
 from absl import app, flags
 
-from mixgrpo_jax.data import signs
 from mixgrpo_jax.models import clip
-from mixgrpo_jax.models.vision import clip as vision
+from mixgrpo_jax.models.clip import vision as vision
 from mixgrpo_jax.rewards import ocr
 from mixgrpo_jax.rewards.preprocess import MEAN, STD, preprocess
+from mixgrpo_jax.tasks import signs
 
 _MODELS = flags.DEFINE_list("models", None, "Names of reward models; all by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 192, "Pictures a batch: by default, 16 prompts with groups of 12.")

@@ -22,10 +22,10 @@ import torch
 from absl import app, flags
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.programs import make_programs
 from mixgrpo_jax.runtime import mesh as meshes
 
 _REPETITIONS = flags.DEFINE_integer("repetitions", 3, "Iterations measured of each, after one that is not.")

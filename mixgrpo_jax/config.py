@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 import ml_collections
 
-from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.flow.plans import PlanConfig
 from mixgrpo_jax.flow.rollout import Sampler
 from mixgrpo_jax.flow.solvers import SOLVERS
 from mixgrpo_jax.models.flux.model import REMAT
-from mixgrpo_jax.models.layers import ATTENTION_BACKENDS
 from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.nn.layers import ATTENTION_BACKENDS
 from mixgrpo_jax.rewards import REWARDS
 from mixgrpo_jax.rl.advantages import AdvantageConfig
 from mixgrpo_jax.rl.objectives import GRPOConfig
+from mixgrpo_jax.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16")
 

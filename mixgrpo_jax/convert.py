@@ -27,11 +27,12 @@ from absl import app, flags, logging
 from flax import traverse_util
 from tqdm import tqdm
 
-from mixgrpo_jax.models import lora, orbax_io, policy, weights
+from mixgrpo_jax.models import lora, policy
 from mixgrpo_jax.models.flux import weights as flux_weights
 from mixgrpo_jax.models.flux.weights import Source
+from mixgrpo_jax.models.io import orbax_io, weights
+from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora import LoraConfig
-from mixgrpo_jax.models.weights import Lazy, Params
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 
 TARGETS = ("orbax", "diffusers", "lora")

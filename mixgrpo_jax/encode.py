@@ -43,8 +43,9 @@ from mixgrpo_jax.data import prompts as prompt_sources
 from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import t5
+from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.policy import Parts
-from mixgrpo_jax.models.text import clip, t5
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 

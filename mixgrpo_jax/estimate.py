@@ -26,13 +26,14 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mixgrpo_jax import ahead
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine import ahead
+from mixgrpo_jax.engine.programs import decode_chunks, prefix_rows
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.models import attention, skeleton
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.programs import decode_chunks, prefix_rows
+from mixgrpo_jax.models import skeleton
+from mixgrpo_jax.models.nn import attention
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 

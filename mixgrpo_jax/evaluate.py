@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
-from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
@@ -28,6 +27,7 @@ from mixgrpo_jax.models.policy import Parts, Policy, Trainable
 from mixgrpo_jax.rewards import build, score_chunks
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.tasks import TASKS
 
 
 def load_policy(

@@ -21,12 +21,12 @@ from ml_collections import config_flags
 from tqdm import trange
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.data import TASKS
 from mixgrpo_jax.evaluate import HeldOut, table
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.tasks import TASKS
 
 
 def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array, tokens: Any, key: Array) -> Array:

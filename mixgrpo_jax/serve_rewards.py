@@ -24,8 +24,8 @@ from ml_collections import config_flags
 from mixgrpo_jax import rewards
 from mixgrpo_jax.config import ConfigError
 from mixgrpo_jax.rewards import Reward
-from mixgrpo_jax.rewards.app import make_app, serve
 from mixgrpo_jax.rewards.remote import TOKEN
+from mixgrpo_jax.rewards.serving.app import make_app, serve
 
 
 def build(config: Any) -> dict[str, Reward]:

@@ -20,16 +20,16 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
-from mixgrpo_jax.data import TASKS
-from mixgrpo_jax.drawing import Drawing, Drawn
+from mixgrpo_jax.engine.collect import Drawing, Drawn
+from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.evaluate import Assessment, HeldOut, load_policy, table
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.programs import make_programs
 from mixgrpo_jax.rewards import build
 from mixgrpo_jax.rl.advantages import advantages
 from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.tasks import TASKS
 
 
 def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import weights
 from mixgrpo_jax.models.blip.weights import TABLE, skeleton
+from mixgrpo_jax.models.io import weights
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

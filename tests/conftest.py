@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data.signs import build_tokenizer
-from mixgrpo_jax.models import flux
+from mixgrpo_jax.models import flux, t5
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.text import t5
+from mixgrpo_jax.tasks.signs import build_tokenizer
 
 jax.config.update("jax_threefry_partitionable", True)
 

@@ -12,8 +12,9 @@ import pytest
 
 from mixgrpo_jax import convert as converter
 from mixgrpo_jax.convert import convert
-from mixgrpo_jax.models import flux, lora, weights
+from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux import weights as flux_weights
+from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints

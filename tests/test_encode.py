@@ -15,13 +15,15 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mixgrpo_jax import encode as command
-from mixgrpo_jax.data import features, signs
+from mixgrpo_jax.data import features
 from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.encode import encode
+from mixgrpo_jax.models import t5
+from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.policy import SHIPPED
-from mixgrpo_jax.models.text import clip, t5
 from mixgrpo_jax.rewards import Reward, score_all
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from mixgrpo_jax.tasks import signs
 
 LENGTH, CLIP_LENGTH = 12, 10
 T5 = t5.t5_tiny(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)

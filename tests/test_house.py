@@ -10,9 +10,10 @@ MAY_IMPORT = {
     "flow": {"flow"},
     "models": {"models"},
     "data": {"data", "models"},
+    "tasks": {"tasks", "data", "models", "rewards"},
     "runtime": {"runtime"},
     "rl": {"rl", "flow"},
-    "rewards": {"rewards", "models", "data"},
+    "rewards": {"rewards", "models"},
 }
 
 

@@ -14,7 +14,6 @@ import transformers
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import train
 from mixgrpo_jax.convert import convert
-from mixgrpo_jax.data import signs
 from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models import lora
 from mixgrpo_jax.models import policy as policies
@@ -22,6 +21,7 @@ from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.sample import sample
+from mixgrpo_jax.tasks import signs
 
 SIZE, STEPS, LENGTH = (48, 80), 4, 12
 PROMPTS = ["a blue sign that says 4270 in white", "a pink sign that says 8 in black"]

@@ -8,8 +8,8 @@ import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import pretrain
-from mixgrpo_jax.data import signs
 from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.tasks import signs
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.programs import make_optimiser
+from mixgrpo_jax.engine.programs import make_optimiser
 
 
 @pytest.mark.parametrize(("warmup", "final", "expected"), [(0, 1.0, [1, 1, 1, 1]), (2, 0.0, [0.5, 1, 1, 0.5])])

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from mixgrpo_jax.models import flux, placement, vae
+from mixgrpo_jax.models import flux, vae
+from mixgrpo_jax.models.nn import placement
 
 
 class Codec(Protocol):

@@ -23,8 +23,8 @@ from flax import traverse_util
 from jax import Array
 from safetensors import safe_open
 
-from mixgrpo_jax.models import weights
-from mixgrpo_jax.models.weights import Params, Rule
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Params, Rule
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # names a pipeline's part in a file that may hold adapters of several

@@ -13,11 +13,11 @@ import transformers
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from mixgrpo_jax.models import flux, lora, vae
+from mixgrpo_jax.models import flux, lora, t5, vae
+from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
 from mixgrpo_jax.models.flux import weights as flux_weights
 from mixgrpo_jax.models.lora import LoraConfig
-from mixgrpo_jax.models.text import clip, t5
 from mixgrpo_jax.models.vae import VAEConfig
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import transformers
 
-from mixgrpo_jax.models import flux, lora, policy, vae
+from mixgrpo_jax.models import flux, lora, policy, t5, vae
+from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.policy import Parts, Trainable
-from mixgrpo_jax.models.text import clip, t5
 
 ARCHITECTURES = {"flux1-dev": flux.flux1_dev, "flux1-schnell": flux.flux1_schnell}
 

@@ -59,7 +59,7 @@ def _brisque() -> Reward:
 
 def _geneval(strict: bool = False) -> Reward:
     """GenEval's score, of the task `scenes`: its pictures' shapes are detected by segmentation."""
-    from mixgrpo_jax.rewards import shapes  # not before: it brings the packages of data along
+    from mixgrpo_jax.tasks import detector as shapes  # not before: it brings the packages of data along
 
     def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         del prompts

@@ -11,7 +11,7 @@ import numpy as np
 
 from mixgrpo_jax.models import clip
 from mixgrpo_jax.models.clip import CLIPConfig
-from mixgrpo_jax.models.torch_io import read_weights
+from mixgrpo_jax.models.io.torch_io import read_weights
 from mixgrpo_jax.rewards.clip import load_params
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import Options, build

@@ -12,9 +12,9 @@ from typing import Any, Literal, Unpack
 import jax
 import jax.numpy as jnp
 
-from mixgrpo_jax.models import clip, open_clip
-from mixgrpo_jax.models.clip import CLIPConfig
-from mixgrpo_jax.models.torch_io import read_weights
+from mixgrpo_jax.models import clip
+from mixgrpo_jax.models.clip import CLIPConfig, open_clip
+from mixgrpo_jax.models.io.torch_io import read_weights
 from mixgrpo_jax.rewards.clip_text import Tokenize, load_tokenizer, mended
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import Options, build

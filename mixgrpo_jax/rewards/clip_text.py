@@ -9,7 +9,7 @@ import ftfy
 import numpy as np
 import transformers
 
-from mixgrpo_jax.models.text.clip import CLIPTextConfig
+from mixgrpo_jax.models.clip.text import CLIPTextConfig
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 

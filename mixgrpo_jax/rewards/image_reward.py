@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from mixgrpo_jax.models import blip, torch_io
+from mixgrpo_jax.models import blip
 from mixgrpo_jax.models.blip import BLIPConfig
+from mixgrpo_jax.models.io import torch_io
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import Options, build
 from mixgrpo_jax.rewards.preprocess import preprocess

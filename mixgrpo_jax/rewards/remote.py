@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixgrpo_jax.rewards import wire
 from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.serving import wire
 from mixgrpo_jax.rewards.transport import Rejected, Servers, Unavailable, fetch
 
 TOKEN = "MIXGRPO_JAX_TOKEN"  # the environment's variable

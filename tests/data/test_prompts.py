@@ -5,8 +5,9 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from mixgrpo_jax.data import prompts, signs
+from mixgrpo_jax.data import prompts
 from mixgrpo_jax.data.prompts import Prompt
+from mixgrpo_jax.tasks import signs
 
 
 def write(path, text):

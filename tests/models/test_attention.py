@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from mixgrpo_jax.models import attention as module
 from mixgrpo_jax.models import flux
-from mixgrpo_jax.models.attention import attention, block_size
-from mixgrpo_jax.models.remat import REMAT, rematerialise
+from mixgrpo_jax.models.nn import attention as module
+from mixgrpo_jax.models.nn.attention import attention, block_size
+from mixgrpo_jax.models.nn.remat import REMAT, rematerialise
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.python import run_program
 
@@ -213,7 +213,7 @@ ON_A_MESH = """
 import functools
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mixgrpo_jax.models.attention import attention, splash
+from mixgrpo_jax.models.nn.attention import attention, splash
 splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 rng = np.random.default_rng(0)
@@ -230,7 +230,7 @@ IN_CONTEXT = """
 import functools
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mixgrpo_jax.models.attention import attention, splash
+from mixgrpo_jax.models.nn.attention import attention, splash
 splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
 mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
 q, k, v, w = np.random.default_rng(0).normal(size=(4, 4, 6, 2, 16)).astype(np.float32)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import blip, weights
+from mixgrpo_jax.models import blip
 from mixgrpo_jax.models.blip import BLIPConfig, TextConfig, VisionConfig, text, vision
 from mixgrpo_jax.models.blip import weights as blip_weights
+from mixgrpo_jax.models.io import weights
 from tests.blip_torch import ImageReward, random_release, torch
 
 # Beside the sizes, what only shows where it differs: norms' eps, and the widths of image and text.

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import weights
-from mixgrpo_jax.models.text import clip, t5
-from mixgrpo_jax.models.text.clip import CLIPTextConfig
+from mixgrpo_jax.models import t5
+from mixgrpo_jax.models.clip import text as clip
+from mixgrpo_jax.models.clip.text import CLIPTextConfig
+from mixgrpo_jax.models.io import weights
 
 CONFIGS = {
     "quick gelu": CLIPTextConfig(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import clip, open_clip, weights
-from mixgrpo_jax.models.clip import CLIPConfig
-from mixgrpo_jax.models.text.clip import CLIPTextConfig
-from mixgrpo_jax.models.vision import clip as vision
-from mixgrpo_jax.models.vision.clip import CLIPVisionConfig
+from mixgrpo_jax.models import clip
+from mixgrpo_jax.models.clip import CLIPConfig, open_clip
+from mixgrpo_jax.models.clip import vision as vision
+from mixgrpo_jax.models.clip.text import CLIPTextConfig
+from mixgrpo_jax.models.clip.vision import CLIPVisionConfig
+from mixgrpo_jax.models.io import weights
 
 torch = pytest.importorskip("torch")
 

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from mixgrpo_jax.models import flux, lora, weights
+from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux.model import FluxConfig
 from mixgrpo_jax.models.flux.weights import TABLE
-from mixgrpo_jax.models.layers import Linear
+from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora import Int8Kernel, LoraConfig
+from mixgrpo_jax.models.nn.layers import Linear
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.python import run_program
 

@@ -2,14 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixgrpo_jax.models.placement import spread
+from mixgrpo_jax.models.nn.placement import spread
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.python import run_program
 
 ON_EIGHT = """
 import functools
 import jax, jax.numpy as jnp
-from mixgrpo_jax.models import flux, placement, policy
+from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.models.nn import placement
 from mixgrpo_jax.runtime import hlo, mesh as meshes
 mesh = meshes.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
 config = flux.flux_small()

@@ -5,9 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import flux, weights
+from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.flux import release
 from mixgrpo_jax.models.flux import weights as flux_weights
+from mixgrpo_jax.models.io import weights
 
 WIDTH, HEAD = 64, 32
 

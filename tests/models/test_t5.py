@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models.text import t5
-from mixgrpo_jax.models.text.t5 import T5Config
+from mixgrpo_jax.models import t5
+from mixgrpo_jax.models.t5 import T5Config
 
 CONFIGS = {
     "wide heads": T5Config(vocab_size=37, d_model=24, d_kv=16, d_ff=50, num_layers=3, num_heads=2),

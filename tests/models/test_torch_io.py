@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import torch_io, weights
+from mixgrpo_jax.models.io import torch_io, weights
 
 torch = pytest.importorskip("torch")
 

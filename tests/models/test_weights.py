@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mixgrpo_jax.models import weights
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Rule, linear
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.python import run_program
 
@@ -158,7 +158,7 @@ def test_parts_of_fused_tensors():
 ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from mixgrpo_jax.models import weights
+from mixgrpo_jax.models.io import weights
 from tests.models.test_weights import SKELETON, TABLE, released
 
 tensors = weights.read_safetensors("model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from mixgrpo_jax.rewards import Reward
-from mixgrpo_jax.rewards.app import make_app
+from mixgrpo_jax.rewards.serving.app import make_app
 
 
 def brightness(images, prompts, metadata):

@@ -6,8 +6,8 @@ import urllib.request
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import wire
-from mixgrpo_jax.rewards.app import make_app
+from mixgrpo_jax.rewards.serving import wire
+from mixgrpo_jax.rewards.serving.app import make_app
 from tests.rewards.conftest import brightness
 
 

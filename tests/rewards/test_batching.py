@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.rewards import Reward
-from mixgrpo_jax.rewards.batching import Batcher, ScoreError
-from mixgrpo_jax.rewards.wire import BadRequest, Request
+from mixgrpo_jax.rewards.serving.batching import Batcher, ScoreError
+from mixgrpo_jax.rewards.serving.wire import BadRequest, Request
 from tests.rewards.conftest import brightness
 
 

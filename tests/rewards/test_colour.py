@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data.signs import DARK, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, render
 from mixgrpo_jax.rewards import REWARDS, colour
+from mixgrpo_jax.tasks.signs import DARK, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, render
 
 PAIRS = TRAIN_PAIRS + TEST_PAIRS
 SIGNS = [Sign(number, *pair) for pair in PAIRS for number in ("1", "7", "40", "258", "8888")]

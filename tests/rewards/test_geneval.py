@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.data import prompts
-from mixgrpo_jax.data.scenes import KINDS, lay_out, sample_scenes
-from mixgrpo_jax.data.shapes import render
-from mixgrpo_jax.rewards import REWARDS, geneval, remote, wire
+from mixgrpo_jax.rewards import REWARDS, geneval, remote
 from mixgrpo_jax.rewards.geneval import MAX_OBJECTS, RELATIONS, TAGS, Detection, judge, relations
+from mixgrpo_jax.rewards.serving import wire
+from mixgrpo_jax.tasks.scenes import KINDS, lay_out, sample_scenes
+from mixgrpo_jax.tasks.shapes import render
 
 # One prompt of every kind, as GenEval's own file has them.
 SINGLE = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}

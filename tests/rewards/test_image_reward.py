@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from mixgrpo_jax.models import blip, weights
+from mixgrpo_jax.models import blip
+from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.rewards import image_reward, score_all
 from mixgrpo_jax.rewards.image_reward import LENGTH
 from mixgrpo_jax.rewards.preprocess import MEAN, STD

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data.signs import PALETTE, Sign, photograph, render, sample_signs
 from mixgrpo_jax.models import ppocr
 from mixgrpo_jax.rewards import REWARDS, Reward, build, ocr, score_all
+from mixgrpo_jax.tasks.signs import PALETTE, Sign, photograph, render, sample_signs
 
 BATCH = 50  # pictures to a call, of one shape, which is compiled once
 

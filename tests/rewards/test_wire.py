@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixgrpo_jax.rewards import wire
+from mixgrpo_jax.rewards.serving import wire
 
 LIMITS = wire.Limits(images=4, bytes=10_000)
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3)).astype(np.uint8)

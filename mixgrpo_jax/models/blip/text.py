@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixgrpo_jax.models import layers
 from mixgrpo_jax.models.blip.vision import INIT, Params, check_heads, gelu, linear
-from mixgrpo_jax.models.text.clip import LayerNorm
+from mixgrpo_jax.models.clip.text import LayerNorm
+from mixgrpo_jax.models.nn import layers
 
 # Added to the logits of padding, as in training; zero after a softmax in fp32.
 MASKED = -1e4

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixgrpo_jax.models import layers
-from mixgrpo_jax.models.layers import Linear, normal
-from mixgrpo_jax.models.text.clip import LayerNorm
-from mixgrpo_jax.models.vision.clip import patches
+from mixgrpo_jax.models.clip.text import LayerNorm
+from mixgrpo_jax.models.clip.vision import patches
+from mixgrpo_jax.models.nn import layers
+from mixgrpo_jax.models.nn.layers import Linear, normal
 
 Params = dict[str, Any]
 

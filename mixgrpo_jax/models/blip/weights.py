@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixgrpo_jax.models import weights
 from mixgrpo_jax.models.blip.model import BLIPConfig, init
 from mixgrpo_jax.models.blip.vision import Params
-from mixgrpo_jax.models.lazy import place
-from mixgrpo_jax.models.text.clip import norm
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.clip.text import norm
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.lazy import place
+from mixgrpo_jax.models.io.weights import Rule, linear
 
 VISION, TEXT = "blip.visual_encoder", "blip.text_encoder"
 VISION_BLOCK, TEXT_BLOCK = f"{VISION}.blocks.{{i}}", f"{TEXT}.encoder.layer.{{i}}"

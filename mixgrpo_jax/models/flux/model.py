@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixgrpo_jax.models import layers
-from mixgrpo_jax.models.layers import ZEROS, Embedder, Linear, RMSNorm
-from mixgrpo_jax.models.placement import spread
-from mixgrpo_jax.models.remat import REMAT as REMAT
-from mixgrpo_jax.models.remat import rematerialise
+from mixgrpo_jax.models.nn import layers
+from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm
+from mixgrpo_jax.models.nn.placement import spread
+from mixgrpo_jax.models.nn.remat import REMAT as REMAT
+from mixgrpo_jax.models.nn.remat import rematerialise
 
 Params = dict[str, Any]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mixgrpo_jax.models import weights
 from mixgrpo_jax.models.flux.model import MLP_RATIO, FluxConfig
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Rule, linear
 
 PREFIX = "model.diffusion_model."  # names the transformer in a file that may hold a text encoder and a VAE as well
 SWAPPED = slice(None, None, -1)

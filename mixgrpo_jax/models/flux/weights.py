@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixgrpo_jax.models import orbax_io, weights
 from mixgrpo_jax.models.flux import release
 from mixgrpo_jax.models.flux.model import FluxConfig, Params, init
-from mixgrpo_jax.models.safetensors_io import SHARD_SIZE, Progress
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.io import orbax_io, weights
+from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE, Progress
+from mixgrpo_jax.models.io.weights import Rule, linear
 
 CLASS_NAME = "FluxTransformer2DModel"
 FILE_STEM = "diffusion_pytorch_model"

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixgrpo_jax.models import layers
-from mixgrpo_jax.models.layers import LECUN, Linear
+from mixgrpo_jax.models.nn import layers
+from mixgrpo_jax.models.nn.layers import LECUN, Linear
 
 Params = dict[str, Any]
 

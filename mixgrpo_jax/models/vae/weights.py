@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from mixgrpo_jax.models import weights
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Rule
 from mixgrpo_jax.models.vae.model import Params, VAEConfig, init
-from mixgrpo_jax.models.weights import Rule
 
 CLASS_NAME = "AutoencoderKL"
 FILE_NAME = "diffusion_pytorch_model.safetensors"

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from mixgrpo_jax.models.lazy import Lazy, contiguous, copy, place
-from mixgrpo_jax.models.safetensors_io import read_safetensors as read_safetensors
-from mixgrpo_jax.models.safetensors_io import write_safetensors as write_safetensors
-from mixgrpo_jax.models.safetensors_io import write_shards as write_shards
+from mixgrpo_jax.models.io.lazy import Lazy, contiguous, copy, place
+from mixgrpo_jax.models.io.safetensors_io import read_safetensors as read_safetensors
+from mixgrpo_jax.models.io.safetensors_io import write_safetensors as write_safetensors
+from mixgrpo_jax.models.io.safetensors_io import write_shards as write_shards
 
 Params = dict[str, Any]
 

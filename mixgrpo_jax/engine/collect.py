@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine.programs import Programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.programs import Programs
 from mixgrpo_jax.rewards import Reward, score_chunks
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mixgrpo_jax.models import layers, weights
-from mixgrpo_jax.models.layers import Linear, RMSNorm, normal
-from mixgrpo_jax.models.placement import spread
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Rule, linear
+from mixgrpo_jax.models.nn import layers
+from mixgrpo_jax.models.nn.layers import Linear, RMSNorm, normal
+from mixgrpo_jax.models.nn.placement import spread
 
 Params = dict[str, Any]
 

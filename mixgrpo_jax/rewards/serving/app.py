@@ -6,8 +6,9 @@ import hmac
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from mixgrpo_jax.rewards import Reward, wire
-from mixgrpo_jax.rewards.batching import Batcher, ScoreError
+from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.serving import wire
+from mixgrpo_jax.rewards.serving.batching import Batcher, ScoreError
 
 try:
     import uvicorn

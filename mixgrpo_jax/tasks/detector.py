@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import scipy.ndimage
 
-from mixgrpo_jax.data.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
 from mixgrpo_jax.rewards.contract import Images
 from mixgrpo_jax.rewards.geneval import Detection
+from mixgrpo_jax.tasks.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
 
 CONTRAST = 0.4  # distance from the ground, in the RGB unit cube, from which a pixel belongs to an object
 SPECK = 8  # pixels; what is smaller is no object

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mixgrpo_jax.models.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
-from mixgrpo_jax.models.attention import Backend as Backend
-from mixgrpo_jax.models.attention import attention as attention
+from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
+from mixgrpo_jax.models.nn.attention import Backend as Backend
+from mixgrpo_jax.models.nn.attention import attention as attention
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 LECUN = jax.nn.initializers.lecun_normal()

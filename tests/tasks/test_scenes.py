@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from mixgrpo_jax.data import rendered, scenes, shapes
-from mixgrpo_jax.data.scenes import KINDS, Scene
-from mixgrpo_jax.data.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape
 from mixgrpo_jax.rewards import geneval
-from mixgrpo_jax.rewards.shapes import detect
+from mixgrpo_jax.tasks import rendered, scenes, shapes
+from mixgrpo_jax.tasks.detector import detect
+from mixgrpo_jax.tasks.scenes import KINDS, Scene
+from mixgrpo_jax.tasks.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape
 
 SMALL = rendered.Sizes(name="small", train=48, test=8)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models import skeleton
-from mixgrpo_jax.programs import make_programs
 from mixgrpo_jax.rewards import sketch
 from mixgrpo_jax.runtime import mesh as meshes
 

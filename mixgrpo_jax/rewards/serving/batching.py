@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mixgrpo_jax.rewards.contract import Reward
-from mixgrpo_jax.rewards.wire import BadRequest, Request
+from mixgrpo_jax.rewards.serving.wire import BadRequest, Request
 
 PREFIX = "mixgrpo_jax_reward_"
 COUNTERS = {

@@ -19,9 +19,9 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
-from mixgrpo_jax.data import rendered
-from mixgrpo_jax.data.rendered import batches as batches
-from mixgrpo_jax.data.rendered import collate as collate
+from mixgrpo_jax.tasks import rendered
+from mixgrpo_jax.tasks.rendered import batches as batches
+from mixgrpo_jax.tasks.rendered import collate as collate
 
 HEIGHT, WIDTH = 16, 48
 NOISE = 130.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255

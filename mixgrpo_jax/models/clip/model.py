@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixgrpo_jax.models import weights
-from mixgrpo_jax.models.lazy import place
-from mixgrpo_jax.models.text import clip as text_tower
-from mixgrpo_jax.models.text.clip import CLIPTextConfig
-from mixgrpo_jax.models.vision import clip as vision_tower
-from mixgrpo_jax.models.vision.clip import CLIPVisionConfig
-from mixgrpo_jax.models.weights import Rule
+from mixgrpo_jax.models.clip import text as text_tower
+from mixgrpo_jax.models.clip import vision as vision_tower
+from mixgrpo_jax.models.clip.text import CLIPTextConfig
+from mixgrpo_jax.models.clip.vision import CLIPVisionConfig
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.lazy import place
+from mixgrpo_jax.models.io.weights import Rule
 
 Params = dict[str, Any]
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from mixgrpo_jax.models import clip
-from mixgrpo_jax.models.text.clip import norm
-from mixgrpo_jax.models.vision.clip import PATCH_AXES
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.clip.text import norm
+from mixgrpo_jax.models.clip.vision import PATCH_AXES
+from mixgrpo_jax.models.io.weights import Rule, linear
 
 
 def table() -> list[Rule]:

@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
-from mixgrpo_jax.models.placement import BATCH_AXES, HEAD_AXES, TOKEN_AXES, dividing
-from mixgrpo_jax.models.remat import ATTENTION
+from mixgrpo_jax.models.nn.placement import BATCH_AXES, HEAD_AXES, TOKEN_AXES, dividing
+from mixgrpo_jax.models.nn.remat import ATTENTION
 
 Kernel = Literal["xla", "cudnn", "splash"]
 Backend = Literal["auto", "xla", "cudnn", "splash"]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixgrpo_jax.models.layers import Linear, normal
-from mixgrpo_jax.models.text.clip import LayerNorm, TowerConfig, apply_blocks, block_table, make_blocks, norm
-from mixgrpo_jax.models.weights import Rule, linear
+from mixgrpo_jax.models.clip.text import LayerNorm, TowerConfig, apply_blocks, block_table, make_blocks, norm
+from mixgrpo_jax.models.io.weights import Rule, linear
+from mixgrpo_jax.models.nn.layers import Linear, normal
 
 Params = dict[str, Any]
 

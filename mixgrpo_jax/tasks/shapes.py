@@ -1,6 +1,6 @@
 """Simple shapes of plain colours on a plain ground: what the pictures of the task `scenes` are made of.
 
-The renderer puts them together, and the detector (`rewards/shapes.py`) takes them apart.
+The renderer puts them together, and the detector (`detector.py`) takes them apart.
 """
 
 import functools

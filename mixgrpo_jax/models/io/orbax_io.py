@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from mixgrpo_jax.models.lazy import Lazy
+from mixgrpo_jax.models.io.lazy import Lazy
 
 CHUNK = 16 << 20  # bytes of a stored piece: a device's part of a large array is read without the rest
 SMALL = 1 << 20  # numbers up to which leaves are read together: each read has its cost

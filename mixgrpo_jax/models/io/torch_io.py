@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mixgrpo_jax.models.safetensors_io import PICKLED, read_safetensors
+from mixgrpo_jax.models.io.safetensors_io import PICKLED, read_safetensors
 
 DTYPES = {
     "float64": np.dtype(np.float64),
