@@ -25,7 +25,6 @@ from absl import app, flags
 from tqdm import tqdm
 
 from mixgrpo_jax.models import flux
-from mixgrpo_jax.models.flux import weights as flux_weights
 from mixgrpo_jax.models.io.weights import Lazy
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "New folder for the files, removed at the end.", required=True)
@@ -45,13 +44,13 @@ def make_source(folder: pathlib.Path, layers: Sequence[int]) -> None:
 
         return Lazy(leaf.shape, noise.dtype, read)
 
-    params = jax.tree.map(random, flux_weights.skeleton(config))
+    params = jax.tree.map(random, flux.TRANSFORMER.skeleton(config))
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     free = shutil.disk_usage(folder.parent).free
     if free < 2.1 * num_bytes:
         raise ValueError(f"--workdir: {folder.parent} has {free / 1e9:.1f} GB left, needs {2.1 * num_bytes / 1e9:.1f}")
     with tqdm(total=num_bytes, desc="make", unit="B", unit_scale=True) as progress:
-        flux_weights.save_folder(folder, config, params, progress=progress.update)
+        flux.TRANSFORMER.save_folder(folder, config, params, progress=progress.update)
     os.sync()
 
 

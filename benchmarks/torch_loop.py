@@ -25,7 +25,10 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import flux
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.flux.policy import FAMILY
+from mixgrpo_jax.models.nn.patches import image_ids
+from mixgrpo_jax.models.trainable import make_trainable
 from mixgrpo_jax.runtime import mesh as meshes
 
 _REPETITIONS = flags.DEFINE_integer("repetitions", 3, "Iterations measured of each, after one that is not.")
@@ -69,8 +72,8 @@ class Ours:
 
     def __init__(self, settings: configs.Settings, params: Any, cond: dict[str, np.ndarray]):
         mesh = meshes.make_mesh(settings.config.mesh, jax.devices()[:1])
-        parts = policies.Parts(MODEL)
-        trainable = policies.trainable(jax.tree.map(jnp.asarray, params), settings.lora, jax.random.key(0), False)
+        parts = Parts(FAMILY, {"transformer": MODEL})
+        trainable = make_trainable(parts, jax.tree.map(jnp.asarray, params), settings.lora, jax.random.key(0), False)
         self.programs = make_programs(settings, parts, trainable, mesh)
         self.state = self.programs.init(trainable.params)
         self.plan = plans.make_plan(settings.plan, plans.initial_state(settings.plan)._replace(start=_START.value))
@@ -110,7 +113,7 @@ class Torch:
         self.sampler, self.objective, self.batch = settings.sampler, settings.objective, batch
         self.updates, self.count, group = settings.config.batch.updates, settings.samples, settings.config.batch.group
         self.cond = {name: torch.tensor(a).repeat_interleave(group, 0) for name, a in cond.items()}
-        self.ids = torch.tensor(np.asarray(flux.image_ids(16, 16)), dtype=torch.float32)
+        self.ids = torch.tensor(np.asarray(image_ids(16, 16)), dtype=torch.float32)
         self.evaluations = 0
 
     def velocity(self, x: torch.Tensor, sigma: float, index: torch.Tensor) -> torch.Tensor:
@@ -193,7 +196,7 @@ def main(_):  # noqa: D103
     advantage = rng.normal(size=settings.samples).astype(np.float32)
     sides: dict[str, Any] = {"ours": Ours(settings, params, cond)}
     with tempfile.TemporaryDirectory() as folder:
-        flux.save_folder(folder, MODEL, params)
+        flux.TRANSFORMER.save_folder(folder, MODEL, params)
         for name, batch in (("PyTorch, one by one", 1), ("PyTorch, batched", settings.samples)):
             sides[name] = Torch(settings, folder, cond, batch)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}

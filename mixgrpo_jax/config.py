@@ -16,9 +16,9 @@ import ml_collections
 from mixgrpo_jax.flow.plans import PlanConfig
 from mixgrpo_jax.flow.rollout import Sampler
 from mixgrpo_jax.flow.solvers import SOLVERS
-from mixgrpo_jax.models.flux.model import REMAT
 from mixgrpo_jax.models.lora import LoraConfig
-from mixgrpo_jax.models.nn.layers import ATTENTION_BACKENDS
+from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS
+from mixgrpo_jax.models.nn.remat import REMAT
 from mixgrpo_jax.rewards import REWARDS
 from mixgrpo_jax.rl.advantages import AdvantageConfig
 from mixgrpo_jax.rl.objectives import GRPOConfig

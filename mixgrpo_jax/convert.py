@@ -1,4 +1,4 @@
-"""Convert a FLUX.1 transformer, or what a run has trained of it.
+"""Convert a transformer, or what a run has trained of it.
 
     python -m mixgrpo_jax.convert --source=FLUX.1-dev --target=flux1-dev-orbax --to=orbax
     python -m mixgrpo_jax.convert --source=flux1-dev.safetensors --target=flux1-dev --to=diffusers
@@ -6,10 +6,10 @@
     python -m mixgrpo_jax.convert --source=runs/flux --target=adapters --to=lora
 
 The source is a pipeline's folder (of which transformer/ is read), a transformer's folder as diffusers saves it or as
-`--to=orbax` writes it, FLUX.1's original single file, or a run's workdir. The target is a new folder, which appears
-when it is complete: for `diffusers`, one that FluxTransformer2DModel.from_pretrained opens; for `orbax`, config.json
-and a checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, the adapters that a
-run has trained, as load_lora_weights opens them. Parameters are read and written one by one.
+`--to=orbax` writes it, an original single file as FLUX.1's, or a run's workdir. The target is a new folder, which
+appears when it is complete: for `diffusers`, one that its from_pretrained opens; for `orbax`, config.json and a
+checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, the adapters that a run
+has trained, as load_lora_weights opens them. Parameters are read and written one by one.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from absl import app, flags, logging
 from flax import traverse_util
 from tqdm import tqdm
 
-from mixgrpo_jax.models import lora, policy
-from mixgrpo_jax.models.flux import weights as flux_weights
-from mixgrpo_jax.models.flux.weights import Source
+from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.io import orbax_io, weights
+from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE
+from mixgrpo_jax.models.io.transformer import Source
 from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -56,7 +56,7 @@ def convert(
     dtype: str = "",
     which: str = "ema",
     merge: bool = False,
-    shard_size: int = flux_weights.SHARD_SIZE,
+    shard_size: int = SHARD_SIZE,
 ) -> None:
     """Converts `source` into the new folder `target`.
 
@@ -97,8 +97,8 @@ def _open(path: pathlib.Path, which: str, dtype: Any, merge: bool) -> Source:
         raise ValueError(f"--merge: {path} is no run's workdir, and has no adapters to merge")
     if (path / lora.FILE_NAME).is_file():
         raise ValueError(f"{path} holds adapters (LoRA), no model: merge them into one with diffusers' fuse_lora first")
-    pipeline = (path / "transformer").is_dir()
-    return flux_weights.open_source(path / "transformer" if pipeline else path, dtype)
+    transformer = path / "transformer" if (path / "transformer").is_dir() else path
+    return families.of(transformer).transformer.open_source(transformer, dtype)
 
 
 def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
@@ -108,11 +108,12 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
     settings = json.loads(file.read_text())
     options = settings["model"]
-    folder = policy.find(options["folder"])
+    folder = families.find(options["folder"])
     path = pathlib.Path(options.get("transformer") or folder / "transformer")
     if not path.exists():
         raise ValueError(f"{file} names the base {path}, which is not there: set model.folder in it to where it is")
-    base, config = flux_weights.open_source(path), LoraConfig(**options.get("lora", {}))
+    family = families.of(path)
+    base, config = family.transformer.open_source(path), LoraConfig(**options.get("lora", {})).on(family.targets)
 
     checkpoints = Checkpoints(workdir)
     latest = checkpoints.latest
@@ -121,7 +122,7 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
         raise ValueError(f"{workdir}/checkpoints holds no finished checkpoint: let the run save one")
     field = WEIGHTS[which if settings["optimizer"]["ema_decay"] else "raw"]
     trained = orbax_io.lazy_restore(workdir / "checkpoints" / str(latest) / "state", field)
-    expected = flux_weights.skeleton(base.config)
+    expected = family.transformer.skeleton(base.config)
     if config.rank:
         expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
     weights.check_shapes(expected, trained, f"{workdir}, iteration {latest},")
@@ -135,7 +136,7 @@ def _trained(run: Run, dtype: Any, merge: bool) -> Source:
     if merge and not run.lora.rank:
         raise ValueError("--merge: the run has trained all parameters, and has no adapters to merge")
     params = _merged(run, dtype) if run.lora.rank else jax.tree.map(lambda leaf: _cast(leaf, dtype), run.trained)
-    return Source(run.base.config, run.base.fields, params)
+    return run.base._replace(params=params, checkpoint=None)
 
 
 def _merged(run: Run, dtype: Any) -> Params:
@@ -176,7 +177,7 @@ def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:
 def _write_adapters(run: Run, target: pathlib.Path) -> int:
     num_bytes = _num_bytes(run.trained)
     with _whole_folder(target, num_bytes) as folder:
-        lora.save(folder, flux_weights.TABLE, weights.place(run.trained), run.lora.scale)
+        lora.save(folder, run.base.transformer.table, weights.place(run.trained), run.lora.scale)
     return num_bytes
 
 
@@ -189,9 +190,9 @@ def _write_transformer(source: Source, target: pathlib.Path, to: str, shard_size
         args = (folder, source.config, source.params)
         options: dict[str, Any] = dict(fields=source.fields, progress=progress.update)
         if to == "orbax":
-            flux_weights.save_checkpoint(*args, **options)
+            source.transformer.save_checkpoint(*args, **options)
         else:
-            flux_weights.save_folder(*args, shard_size=shard_size, **options)
+            source.transformer.save_folder(*args, shard_size=shard_size, **options)
     return num_bytes
 
 

@@ -7,10 +7,10 @@ Prompts are a .txt file (a prompt a line), a .jsonl file (an object a line, whos
 folder of splits as GenEval and flow_grpo have them (train.txt, test_metadata.jsonl, ...), or tfds:NAME/split. They may
 be filtered: `--min_words=6 --characters=' -~' --drop_words=words.txt`.
 
-The source is a folder as diffusers lays it out, with text_encoder_2/ (T5) and tokenizer_2/, and for FLUX.1 also
-text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in bfloat16. A prompt of FLUX.1-dev
-takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for padding, because FLUX attends to that too: 50,000 prompts are
-210 GB. What saves:
+The source is a folder as diffusers lays it out, with the text encoders and tokenizers of a model family: for FLUX.1,
+text_encoder_2/ (T5), tokenizer_2/, text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in
+bfloat16. A prompt of FLUX.1-dev takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for padding, because FLUX attends to
+that too: 50,000 prompts are 210 GB. What saves:
 
 - `--max_length=128` takes a quarter. A transformer takes text of any length, and the shorter it is the less it costs;
   but this one then sees less padding than it was trained with, so sample with the same length later.
@@ -33,7 +33,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from absl import app, flags
 from tqdm import tqdm
 
@@ -42,16 +41,12 @@ from mixgrpo_jax.data import filters as prompt_filters
 from mixgrpo_jax.data import prompts as prompt_sources
 from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.data.prompts import Prompt
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models import t5
-from mixgrpo_jax.models.clip import text as clip
-from mixgrpo_jax.models.policy import Parts
+from mixgrpo_jax.models import families
+from mixgrpo_jax.models.families import Family, Parts
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 
 DTYPE = jnp.dtype(jnp.bfloat16)
-READERS: dict[str, Callable] = {"text_encoder_2": t5.load_folder, "text_encoder": clip.load_folder}
-TOKENIZERS = {"text_encoder_2": "tokenizer_2", "text_encoder": "tokenizer"}
 FORMAT_OVERHEAD = 1.01  # of the files over the features in them
 
 
@@ -77,7 +72,7 @@ def encode(
         split: name of the split; of a folder of prompts, also the split that is read.
         field: the field of the prompts' objects that holds the prompt.
         filters: which prompts are kept.
-        max_length: T5 tokens of a prompt, padding included; by default the tokenizer's own, 512 for FLUX.1-dev.
+        max_length: tokens of a prompt, padding included; by default the tokenizer's own, 512 for FLUX.1-dev.
         padding: "keep" or "drop" the features of padding.
         batch: prompts encoded at a time, over all local devices.
         shard_size: prompts in a file.
@@ -86,14 +81,14 @@ def encode(
         ValueError: a source, prompts or numbers that cannot be, too little room on the disk, or a target that was begun
             with others; always before anything is written.
     """
-    folder = policies.find(source).expanduser()
+    folder = families.find(source).expanduser()
     check_batch(batch)
     rows = filters.apply(prompt_sources.read(prompts, field, split))
     parts, params = load_encoders(folder)
     length = token_limit(parts, max_length)
     lengths = count_tokens(parts, [row.text for row in rows], length)
 
-    features, _ = policies.text_functions(parts, length, DTYPE)
+    features = parts.family.text(parts, length, DTYPE).features
     shapes = jax.eval_shape(features, params, tokenize(parts, [rows[0].text], length))
     manifest = store.Manifest(
         source=fingerprint(folder),
@@ -123,27 +118,34 @@ def check_batch(batch: int) -> None:
 
 def load_encoders(folder: pathlib.Path) -> tuple[Parts, dict[str, Any]]:
     """The text encoders of a folder with their tokenizers, and their parameters in bfloat16, as host arrays."""
-    configs: dict[str, Any] = {"transformer": None}
-    params: dict[str, Any] = {}
-    for name in _encoders(folder):
-        configs[name], params[name] = READERS[name](folder / name, dtype=DTYPE)
-        configs[TOKENIZERS[name]] = transformers.AutoTokenizer.from_pretrained(folder / TOKENIZERS[name])
-    return Parts(**configs), params
+    family, encoders = _encoders(folder)
+    configs, params = {}, {}
+    for name in encoders:
+        configs[name], params[name] = family.parts[name].model.load_folder(folder / name, dtype=DTYPE)
+    return Parts(family, configs, families.read_tokenizers(family, folder, encoders)), params
 
 
-def _encoders(folder: pathlib.Path) -> list[str]:
-    """Names of the encoders that a folder holds: T5, and CLIP if it is there."""
-    names = [name for name in TOKENIZERS if name == "text_encoder_2" or (folder / name).is_dir()]
-    for part in itertools.chain(names, map(TOKENIZERS.get, names)):
-        if not (folder / str(part)).is_dir():
+def _encoders(folder: pathlib.Path) -> tuple[Family, dict[str, str]]:
+    """The family of a folder, and the text encoders that it holds with their tokenizers' folders."""
+    try:
+        family = families.of_encoders(folder)
+    except ValueError as error:
+        raise ValueError(f"source={error}") from None
+    found = {
+        name: tokenizer
+        for name, tokenizer in family.encoders.items()
+        if (folder / name).is_dir() or not family.parts[name].optional
+    }
+    for part in itertools.chain(*found.items()):
+        if not (folder / part).is_dir():
             raise ValueError(f"source={str(folder)!r} has no {part}/; give a folder as diffusers saves a pipeline")
-    return names
+    return family, found
 
 
 def fingerprint(folder: pathlib.Path) -> str:
     """SHA-256 of the encoders' and tokenizers' files, in hexadecimal: their names and contents."""
     sha = hashlib.sha256()
-    for part in sorted(itertools.chain.from_iterable((name, TOKENIZERS[name]) for name in _encoders(folder))):
+    for part in sorted(itertools.chain(*_encoders(folder)[1].items())):
         for path in sorted(path for path in (folder / part).rglob("*") if path.is_file()):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -152,38 +154,30 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def token_limit(parts: Parts, asked: int | None) -> int:
-    """T5 tokens of a prompt: as asked for, or as the tokenizer says."""
-    tokenizer: Any = parts.tokenizer_2
-    limit = tokenizer.model_max_length if asked is None else asked
+    """Tokens of a prompt, by the family's first encoder: as asked for, or as its tokenizer says."""
+    first = next(iter(parts.family.encoders.values()))
+    limit = parts.tokenizers[first].model_max_length if asked is None else asked
     if not 1 <= limit <= 2**16:  # a tokenizer without a limit says 1e30
         raise ValueError(f"max_length={limit} tokens cannot be: give a number up to {2**16}, as --max_length=512")
     return int(limit)
 
 
 def tokenize(parts: Parts, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """Token ids, int32: "t5" [P, length], and for a CLIP "clip" [P, 77]; cut or filled up to these lengths."""
-
-    def ids(tokenizer, limit):
-        rows = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True)["input_ids"]
-        return np.asarray(rows, np.int32)
-
-    tokens = {"t5": ids(parts.tokenizer_2, length)}
-    if parts.text_encoder:
-        tokens["clip"] = ids(parts.tokenizer, parts.text_encoder.max_position_embeddings)
-    return tokens
+    """Token ids [P, L], int32, by encoder; cut or filled up to `length` and to what the other encoders take."""
+    return parts.family.text(parts, length, DTYPE).tokenize(texts, cut=True)
 
 
 def count_tokens(parts: Parts, texts: Sequence[str], length: int) -> np.ndarray:
-    """T5 tokens of each prompt without padding, [N], at most `length`; prints how many prompts are cut."""
+    """Tokens of each prompt without padding, [N], at most `length`, by the family's first encoder.
 
-    def count(name, tokenizer, limit):
-        counts = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
-        print(f"{name}: {(counts > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
-        return np.minimum(counts, limit)
-
-    if parts.text_encoder:
-        count("CLIP", parts.tokenizer, parts.text_encoder.max_position_embeddings)
-    return count("T5", parts.tokenizer_2, length)
+    Prints how many prompts each encoder cuts.
+    """
+    counts = {}
+    for name, limit in parts.family.text(parts, length, DTYPE).limits.items():
+        tokenizer = parts.tokenizers[parts.family.encoders[name]]
+        counts[name] = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
+        print(f"{name}: {(counts[name] > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
+    return np.minimum(counts[next(iter(parts.family.encoders))], length)
 
 
 def check_room(output: store.Split, lengths: np.ndarray) -> None:
@@ -219,7 +213,7 @@ def make_launch(parts: Parts, params: dict[str, Any], length: int, batch: int) -
     mesh = meshes.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.local_devices())
     by_prompt = meshes.batch_sharding(mesh, batch)
     params = jax.device_put(params, meshes.replicated(mesh))
-    features, _ = policies.text_functions(parts, length, DTYPE)
+    features = parts.family.text(parts, length, DTYPE).features
     program = jax.jit(features, out_shardings=by_prompt)
 
     def launch(texts):
@@ -289,7 +283,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("characters", "", "Those that a prompt may have, as in a regular expression's brackets: ' -~'.")
     flags.DEFINE_string("drop_words", "", "File with a word or phrase a line; prompts with one of them are dropped.")
     flags.DEFINE_string("keep_words", "", "Such a file; prompts with none of them are dropped.")
-    _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "T5 tokens of a prompt; by default the tokenizer's own.")
+    _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a prompt; by default the tokenizer's own.")
     _PADDING = flags.DEFINE_enum("padding", "keep", store.PADDING, "What becomes of the features of padding.")
     _BATCH = flags.DEFINE_integer("batch", 32, "Prompts encoded at a time, over all local devices.")
     _SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file.")

@@ -31,9 +31,10 @@ from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.programs import decode_chunks, prefix_rows
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models import skeleton
+from mixgrpo_jax.models import families
+from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.nn import attention
+from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -47,7 +48,7 @@ BOUND = (
 )
 
 
-def work(settings: Settings, policy: policies.Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
+def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
     """A mean iteration of the run: evaluations and FLOPs by phase, and the shares of steps that the gates let through.
 
     A gradient costs two evaluations more (one with adapters, whose base has none), recomputing blocks another one.
@@ -86,11 +87,11 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def estimate(settings: Settings, parts: policies.Parts, topology: str) -> dict[str, Any]:
+def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
     """Figures of a config on a slice, as `--json` writes them."""
     chip, mesh = chips.chip(topology), slice_mesh(settings, topology)
     phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
-    evaluations, expected, shares = work(settings, policies.make(parts, settings.config.model), mesh)
+    evaluations, expected, shares = work(settings, parts.family.make(parts, settings.config.model), mesh)
     result: dict[str, Any] = {"topology": topology, "devices": mesh.size, "mesh": dict(mesh.shape), "fits": True}
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations}
     result["notes"] = notes(settings, mesh, phases)
@@ -158,7 +159,7 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
     return f"{phase} does not fit; what helps: " + "; ".join(steps)
 
 
-def smallest(settings: Settings, parts: policies.Parts, kind: str, beyond: int = 0) -> str | None:
+def smallest(settings: Settings, parts: Parts, kind: str, beyond: int = 0) -> str | None:
     """The first slice of a kind that the config fits, of those with more than `beyond` chips, from small to large."""
     for shape in chips.CHIPS[kind].slices:
         topology = f"{kind}:{shape}"
@@ -169,7 +170,7 @@ def smallest(settings: Settings, parts: policies.Parts, kind: str, beyond: int =
     return None
 
 
-def _fits(settings: Settings, parts: policies.Parts, mesh: Any, topology: str) -> bool:
+def _fits(settings: Settings, parts: Parts, mesh: Any, topology: str) -> bool:
     phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
     hbm = chips.chip(topology).hbm
     if sum(resident.values()) > hbm:
@@ -214,13 +215,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"- {note}" for note in result["notes"]])
 
 
-def find_parts(settings: Settings, architecture: str) -> policies.Parts:
+def find_parts(settings: Settings, architecture: str) -> Parts:
     """The parts of a config's model: from its folder's configs, or where there is none a released model's."""
     options = settings.config.model
-    if policies.find(options.folder).is_dir():
-        return skeleton.read_parts(options.folder, options.transformer)
+    if families.find(options.folder).is_dir():
+        return families.read_parts(options.folder, options.transformer)
     print(f"model.folder={options.folder!r} is not here: sizes are those of {architecture}")
-    return skeleton.known_parts(architecture)
+    return families.architectures()[architecture]()
 
 
 def main(_):  # noqa: D103
@@ -249,7 +250,7 @@ def main(_):  # noqa: D103
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x4.", required=True)
-    _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(skeleton.ARCHITECTURES), "Without a folder.")
+    _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(families.architectures()), "Without a folder.")
     _SMALLEST = flags.DEFINE_bool("smallest", False, "Look for the smallest slice of every kind that fits.")
     _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
     app.run(main)

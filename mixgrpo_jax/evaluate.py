@@ -22,8 +22,10 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.policy import Parts, Policy, Trainable
+from mixgrpo_jax.models import families
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.trainable import Trainable, make_trainable
 from mixgrpo_jax.rewards import build, score_chunks
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
@@ -40,16 +42,16 @@ def load_policy(
     stay away: the data have their features.
     """
     config, options = settings.config, settings.config.model
-    parts, params = policies.load(
+    parts, params = families.load(
         options.folder,
         transformer=options.transformer,
         text=text,
         dtype=jnp.dtype(config.optimizer.dtype) if master and not settings.lora.rank else None,
-        place=lambda tree: meshes.shardings(tree, policies.RULES, mesh),
+        place=lambda tree, rules: meshes.shardings(tree, rules, mesh),
     )
     key = jax.random.key(config.seed)
-    trainable = policies.trainable(params.pop("transformer"), settings.lora, key, settings.keep_base)
-    return parts, policies.make(parts, options), trainable, params | {"base": trainable.base}
+    trainable = make_trainable(parts, params.pop("transformer"), settings.lora, key, settings.keep_base)
+    return parts, parts.family.make(parts, options), trainable, params | {"base": trainable.base}
 
 
 def make_draw(policy: Policy, options: Any, attach: Callable[[Any, Any], Any]) -> Callable[..., jax.Array]:

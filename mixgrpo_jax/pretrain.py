@@ -2,8 +2,9 @@
 
     python -m mixgrpo_jax.pretrain --config=configs/signs.py --workdir=runs/signs
 
-Text encoder and transformer are trained together, for `pretrain.steps` steps. The averaged parameters go to
-workdir/checkpoint, as diffusers lays them out, with card.json (command, seed, steps, held-out scores) beside them.
+Text encoder and transformer, a small model of the family of model.folder, are trained together, for `pretrain.steps`
+steps. The averaged parameters go to workdir/checkpoint, as diffusers lays them out, with card.json (command, seed,
+steps, held-out scores) beside them.
 """
 
 import json
@@ -22,7 +23,7 @@ from tqdm import trange
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.evaluate import HeldOut, table
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
@@ -75,11 +76,11 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     configs.resolve(config)
     workdir, options = pathlib.Path(workdir), config.pretrain
     task = TASKS[config.data.name]
-    parts = policies.small_parts(task.build_tokenizer())
-    policy = policies.make(parts, config.model)
+    parts = families.small_parts(config.model.folder, task.build_tokenizer())
+    policy = parts.family.make(parts, config.model)
     key = jax.random.key(config.seed)
     optimiser, step = make_step(policy, options)
-    params = policies.init(parts, jax.random.fold_in(key, 0))
+    params = families.init(parts, jax.random.fold_in(key, 0))
     params["text_encoder_2"]["relative_bias"] *= options.bias_scale
     state = init_state(params, optimiser)
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
@@ -103,7 +104,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     means = {name: round(float(values.mean()), 4) for name, values in scores.items()}
     if not distributed.is_first():
         return means
-    policies.save(workdir / "checkpoint", parts, state.ema)
+    families.save(workdir / "checkpoint", parts, state.ema)
     card = {"command": " ".join(["python -m mixgrpo_jax.pretrain", *sys.argv[1:]]), "seed": config.seed, "steps": index}
     (workdir / "checkpoint" / "card.json").write_text(json.dumps(card | {"held_out": means}, indent=2) + "\n")
     print(table(scores, held_out.groups))

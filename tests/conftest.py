@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import flux, t5
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import families, flux, t5
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.tasks.signs import build_tokenizer
 
 jax.config.update("jax_threefry_partitionable", True)
@@ -47,6 +48,7 @@ def small_policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     sizes = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32)
     text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    parts = policies.Parts(flux.flux_small(**sizes, pooled_projection_dim=32), text, build_tokenizer())
-    policies.save(folder, parts, jax.tree.map(np.asarray, policies.init(parts, jax.random.key(0))))
+    configs = {"transformer": flux.flux_small(**sizes, pooled_projection_dim=32), "text_encoder_2": text}
+    parts = Parts(FAMILY, configs, {"tokenizer_2": build_tokenizer()})
+    families.save(folder, parts, jax.tree.map(np.asarray, families.init(parts, jax.random.key(0))))
     return folder

@@ -13,7 +13,6 @@ import pytest
 from mixgrpo_jax import convert as converter
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.models import flux, lora
-from mixgrpo_jax.models.flux import weights as flux_weights
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
@@ -38,13 +37,13 @@ FIELDS = {"_diffusers_version": "0.30.0.dev0", "out_channels": None, "_name_or_p
 
 def random_params(seed=0, dtype=np.float32, like=None):
     rng = np.random.default_rng(seed)
-    like = flux_weights.skeleton(CONFIG) if like is None else like
+    like = flux.TRANSFORMER.skeleton(CONFIG) if like is None else like
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), like)
 
 
 def save_transformer(folder, dtype=np.float32, shard_size=10**10):
     fields = {"_class_name": "FluxTransformer2DModel", "patch_size": 1} | FIELDS | dataclasses.asdict(CONFIG)
-    flux_weights.save_folder(folder, CONFIG, random_params(dtype=dtype), fields=fields, shard_size=shard_size)
+    flux.TRANSFORMER.save_folder(folder, CONFIG, random_params(dtype=dtype), fields=fields, shard_size=shard_size)
     return folder
 
 
@@ -95,8 +94,8 @@ def test_diffusers_opens_what_we_write_and_we_what_it_writes(tmp_path):
 def test_the_original_file_is_read(tmp_path, to):
     weights.write_safetensors(tmp_path / "flux.safetensors", released())
     convert(tmp_path / "flux.safetensors", tmp_path / "out", to)
-    config, params = flux.load_folder(tmp_path / "out")
-    expected_config, expected = flux.load_folder(tmp_path / "flux.safetensors")
+    config, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
+    expected_config, expected = flux.TRANSFORMER.load_folder(tmp_path / "flux.safetensors")
     assert config == expected_config == CONFIG
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, expected)
 
@@ -124,7 +123,7 @@ def save_run(workdir, base, settings, trained, average):
 
 
 def random_adapters(seed, config=LORA):
-    params = flux_weights.skeleton(CONFIG)
+    params = flux.TRANSFORMER.skeleton(CONFIG)
     return random_params(seed, like=jax.eval_shape(lambda key: lora.init(config, params, key), jax.random.key(0)))
 
 
@@ -145,7 +144,7 @@ def lora_run(tmp_path_factory):
 @pytest.mark.parametrize("to, which, seed", [("diffusers", "ema", 2), ("diffusers", "raw", 1), ("orbax", "ema", 2)])
 def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
     convert(full_run, tmp_path / "out", to, which=which)
-    _, params = flux.load_folder(tmp_path / "out")
+    _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(seed))
     assert config_of(tmp_path / "out").items() >= FIELDS.items()
 
@@ -153,14 +152,14 @@ def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
 def test_a_run_without_an_average_gives_its_parameters(tmp_path, full_run):
     base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
     convert(save_run(tmp_path / "run", base, LoraConfig(), random_params(1), None), tmp_path / "out", "diffusers")
-    _, params = flux.load_folder(tmp_path / "out")
+    _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(1))
 
 
 @pytest.mark.parametrize("dtype, to", [("", "diffusers"), ("float32", "orbax")])
 def test_adapters_are_merged_into_their_base(tmp_path, lora_run, dtype, to):
     convert(lora_run, tmp_path / "out", to, merge=True, dtype=dtype)
-    _, params = flux.load_folder(tmp_path / "out")
+    _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
     base = random_params(dtype=ml_dtypes.bfloat16)
     exact = lora.merge(jax.tree.map(lambda leaf: leaf.astype(np.float32), base), random_adapters(2), LORA.scale)
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype or ml_dtypes.bfloat16), exact)
@@ -174,7 +173,7 @@ def test_adapters_are_merged_into_their_base(tmp_path, lora_run, dtype, to):
 def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run):
     convert(lora_run, tmp_path / "out", "lora", which="raw")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
-    adapters, scale = lora.load(tmp_path / "out", flux_weights.TABLE, flux_weights.skeleton(CONFIG))
+    adapters, scale = lora.load(tmp_path / "out", flux.TRANSFORMER.table, flux.TRANSFORMER.skeleton(CONFIG))
     assert scale == LORA.scale
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, random_adapters(1))
 
@@ -182,14 +181,16 @@ def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run):
 ON_A_MESH = """
 import sys
 import jax, numpy as np
-from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.runtime import mesh as meshes
 
 mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-_, host = flux.load_folder(sys.argv[1])
+_, host = flux.TRANSFORMER.load_folder(sys.argv[1])
 for path in sys.argv[1:]:
-    _, params = flux.load_folder(path, shardings=lambda shapes: meshes.shardings(shapes, policy.RULES, mesh))
-    assert jax.tree.map(lambda a: a.sharding, params) == meshes.shardings(host, policy.RULES, mesh)
+    place = lambda shapes: meshes.shardings(shapes, FAMILY.rules, mesh)
+    _, params = flux.TRANSFORMER.load_folder(path, shardings=place)
+    assert jax.tree.map(lambda a: a.sharding, params) == meshes.shardings(host, FAMILY.rules, mesh)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b, strict=True), params, host)
     kernel = params["single_blocks"]["mlp_in"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 64 // 4, 256 // 2)}
@@ -221,7 +222,7 @@ def no_config(folder):
 
 
 def adapters_only(folder):
-    lora.save(folder, flux_weights.TABLE, random_adapters(0), 1.0)
+    lora.save(folder, flux.TRANSFORMER.table, random_adapters(0), 1.0)
 
 
 def pickled(folder):
@@ -254,8 +255,8 @@ def other_orbax(folder):
     "make, message",
     [
         (lambda folder: None, "there is no .*source: give a transformer's folder"),
-        (sd3, "SD3Transformer2DModel.*needs 'FluxTransformer2DModel'"),
-        (t5, "config.json has _class_name=None.*needs 'FluxTransformer2DModel'"),
+        (sd3, r"source/config.json has _class_name='SD3Transformer2DModel', no known family; .*FluxTransformer2DModel"),
+        (t5, r"config.json has _class_name=None, no known family; choose from FluxTransformer2DModel"),
         (no_config, "there is no .*config.json: give a model's folder"),
         (adapters_only, "holds adapters"),
         (pickled, r"model\.bin is pickled"),
@@ -361,7 +362,7 @@ def test_what_a_killed_conversion_left_does_not_open_and_is_cleared_away(tmp_pat
         patch.setattr(converter.pathlib.Path, "rename", lambda *args: None)
         convert(source, tmp_path / "target", "diffusers")
     with pytest.raises(ValueError, match=r"there is no .*config\.json"):
-        flux.load_folder(tmp_path / "target.partial")
+        flux.TRANSFORMER.load_folder(tmp_path / "target.partial")
     convert(source, tmp_path / "target", "diffusers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 

@@ -20,7 +20,7 @@ from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models import t5
 from mixgrpo_jax.models.clip import text as clip
-from mixgrpo_jax.models.policy import SHIPPED
+from mixgrpo_jax.models.families import SHIPPED
 from mixgrpo_jax.rewards import Reward, score_all
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.tasks import signs
@@ -79,7 +79,7 @@ def compile_once():
     programs, make = {}, command.make_launch
 
     def make_once(parts, params, length, batch):
-        key = parts.text_encoder, parts.text_encoder_2, length, batch
+        key = *sorted(parts.configs.items()), length, batch
         if key not in programs:
             programs[key] = make(parts, params, length, batch)
         return programs[key]
@@ -289,9 +289,9 @@ def test_two_processes_share_the_shards(source, prompts, encoded, tmp_path, monk
 def test_the_arithmetic_and_what_is_cut_are_printed(source, prompts, tmp_path, capsys):
     encode(source, prompts, tmp_path, **SIZES)
     out = capsys.readouterr().out
-    assert "T5: 1 of 11 prompts are cut at 12 tokens" in out
+    assert "text_encoder_2: 1 of 11 prompts are cut at 12 tokens" in out
     cut = sum(sum(c.isdigit() for c in prompt) > 1 for prompt in PROMPTS)  # beside seven words and two ends
-    assert f"CLIP: {cut} of 11 prompts are cut at 10 tokens" in out
+    assert f"text_encoder: {cut} of 11 prompts are cut at 10 tokens" in out
     assert "11 prompts x (12 x 32 + 24) x 2 bytes = 11 x 816 bytes = 8.976 kB in 3 files" in out
     encode(source, prompts, tmp_path, **SIZES)
     assert "0 bytes to be written" in capsys.readouterr().out
@@ -301,7 +301,10 @@ def test_the_arithmetic_and_what_is_cut_are_printed(source, prompts, tmp_path, c
     "change, message",
     [
         (dict(batch=0), "batch=0 .* multiple of 1"),
-        (dict(source="nowhere"), "source='nowhere' has no text_encoder_2/"),
+        (
+            dict(source="nowhere"),
+            r"source='nowhere' has no model's text encoders \(Flux\w+ needs text_encoder_2/, tokenizer_2/\)",
+        ),
         (dict(max_length=0), "max_length=0"),
         (dict(padding="cut"), "padding='cut'"),
         (dict(shard_size=0), "shard_size=0"),

@@ -6,7 +6,7 @@ import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.evaluate import evaluate, table
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import families
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 
@@ -25,6 +25,6 @@ def test_scores_are_shown_by_every_label_in_columns_that_line_up():
 @pytest.mark.parametrize("task", ["signs", "scenes"])
 def test_what_ships_is_as_good_as_its_card_says(task, tmp_path):
     config = configs.load(task, CONFIGS)
-    card = json.loads((policies.find(config.model.folder) / "card.json").read_text())
+    card = json.loads((families.find(config.model.folder) / "card.json").read_text())
     assert evaluate(config, tmp_path) == pytest.approx(card["held_out"], abs=0.03)
     assert (tmp_path / "held_out.png").is_file()

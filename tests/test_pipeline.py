@@ -15,8 +15,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax import train
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.encode import encode
-from mixgrpo_jax.models import lora
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -166,8 +165,10 @@ def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
     config = settings(folder)
     config.model.lora.rank, config.model.lora.base = 4, "float32"
     noise = np.random.default_rng(2).standard_normal((2, 15, 16)).astype(np.float32)
-    made = policies.load(folder)[1]["transformer"]
-    state = init_state(lora.init(LoraConfig(rank=4), made, jax.random.key(0)), optax.sgd(0.0))
+    parts, params = families.load(folder)
+    state = init_state(
+        lora.init(LoraConfig(rank=4).on(parts.family.targets), params["transformer"], jax.random.key(0)), optax.sgd(0.0)
+    )
     moved = jax.tree.map(lambda leaf: leaf + 0.3, state.params)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state._replace(params=moved, ema=moved), {}, force=True)

@@ -8,14 +8,14 @@ import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import pretrain
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models import families
 from mixgrpo_jax.tasks import signs
 
 
 @pytest.fixture(scope="module")
 def small(small_policy):
-    parts, params = policies.load(small_policy)
-    return parts, jax.tree.map(jnp.asarray, params), policies.make(parts, configs.base().model)
+    parts, params = families.load(small_policy)
+    return parts, jax.tree.map(jnp.asarray, params), parts.family.make(parts, configs.base().model)
 
 
 def batch(policy, count):
@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_flow_matching_at_shifted_noise_levels(small):
 
 def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy, tmp_path, monkeypatch):
     parts, _, policy = small
-    monkeypatch.setattr(policies, "small_parts", lambda tokenizer: parts)
+    monkeypatch.setattr(families, "small_parts", lambda folder, tokenizer: parts)
     make_step, shown = pretrain.make_step, []
 
     def watched(policy, options):
@@ -67,10 +67,10 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy,
     for index, name in ((0, "clean"), (39, "clean"), (40, "image"), (59, "image")):
         np.testing.assert_array_equal(shown[index][1], batches[index][name])
 
-    before = policies.init(parts, jax.random.fold_in(jax.random.key(config.seed), 0))
+    before = families.init(parts, jax.random.fold_in(jax.random.key(config.seed), 0))
     before["text_encoder_2"]["relative_bias"] *= 3.0
     jax.tree.map(np.testing.assert_array_equal, shown[0][0].params, before)
-    _, learned = policies.load(tmp_path / "checkpoint")
+    _, learned = families.load(tmp_path / "checkpoint")
     images, tokens = batch(policy, 80)
     losses = [
         float(pretrain.flow_matching_loss(policy, 3.0, params, images, tokens, jax.random.key(1)))

@@ -10,8 +10,9 @@ import numpy as np
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models import skeleton
+from mixgrpo_jax.models import families
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.trainable import trainable_shapes
 from mixgrpo_jax.rewards import sketch
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -20,7 +21,7 @@ ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode":
 ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
 
-def lower(settings: Settings, parts: policies.Parts, mesh: Any, host: Any) -> tuple[dict[str, Any], dict[str, float]]:
+def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind.
 
     The programs that decode and that score are those of a chunk, see `programs.decode_chunks`. Each host scores its own
@@ -29,19 +30,20 @@ def lower(settings: Settings, parts: policies.Parts, mesh: Any, host: Any) -> tu
     config, text = settings.config, settings.config.data.name != "features"
 
     def place(tree: Any) -> Any:
-        return meshes.placed(tree, meshes.shardings(tree, policies.RULES, mesh))
+        return meshes.placed(tree, meshes.shardings(tree, parts.family.rules, mesh))
 
     def spread(tree: Any, size: int) -> Any:
         return meshes.placed(tree, jax.tree.map(lambda _: meshes.batch_sharding(mesh, size), tree))
 
-    params = place(skeleton.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.lora.rank else jnp.float32))
-    made = skeleton.trainable(params.pop("transformer"), settings.lora, settings.keep_base)
+    params = place(families.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.lora.rank else jnp.float32))
+    made = trainable_shapes(parts, params.pop("transformer"), settings.lora, settings.keep_base)
     trainable = made._replace(params=place(made.params), base=place(made.base))
     frozen = params | {"base": trainable.base}
     programs = make_programs(settings, parts, trainable, mesh)
     state = place(jax.eval_shape(programs.init, trainable.params))
     plan, key = plans.make_plan(settings.plan, plans.initial_state(settings.plan)), jax.eval_shape(jax.random.key, 0)
-    tokens, cond = skeleton.inputs(parts, config.batch.prompts, config.model.text_length)
+    policy = parts.family.make(parts, config.model)
+    tokens, cond = policy.token_shapes(config.batch.prompts), policy.cond_shapes(config.batch.prompts)
     advantage = np.zeros(settings.samples, np.float32)
     models = sketch([*config.rewards, *config.watched], config.reward_options)
 

@@ -11,7 +11,9 @@ from jax import Array
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
-from mixgrpo_jax.models import policy as policies
+from mixgrpo_jax.models.families import Parts, Rules
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.trainable import Trainable
 from mixgrpo_jax.rl import objectives
 from mixgrpo_jax.rl.update import init_state, make_update
 from mixgrpo_jax.runtime import mesh as meshes
@@ -19,7 +21,7 @@ from mixgrpo_jax.runtime import mesh as meshes
 
 class Programs(NamedTuple):
     """Jitted functions. `trained` is what the optimiser changes, `frozen` the policy's other parameters by part:
-    the text encoders, the VAE, and "base", see `policy.Trainable`."""
+    the text encoders, the VAE, and "base", see `Trainable`."""
 
     init: Any  # trained -> TrainState; takes the buffers over
     features: Any  # frozen, tokens -> cond
@@ -34,10 +36,10 @@ class Programs(NamedTuple):
         return self.rollout._cache_size() + self.update._cache_size()
 
 
-def make_programs(settings: Settings, parts: policies.Parts, trainable: policies.Trainable, mesh: Any) -> Programs:
+def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: Any) -> Programs:
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
     config = settings.config
-    policy = policies.make(parts, config.model)
+    policy = parts.family.make(parts, config.model)
     for what, tokens in (("model.image_size", policy.latent_shape[0]), ("model.text_length", config.model.text_length)):
         if tokens % mesh.shape["context"]:
             raise ValueError(
@@ -51,7 +53,7 @@ def make_programs(settings: Settings, parts: policies.Parts, trainable: policies
 
     optimiser = make_optimiser(config.optimizer, config.iterations * config.batch.updates)
     fresh = functools.partial(init_state, optimiser=optimiser, average=config.optimizer.ema_decay > 0)
-    place = meshes.shardings(jax.eval_shape(fresh, trainable.params), policies.RULES, mesh)
+    place = meshes.shardings(jax.eval_shape(fresh, trainable.params), parts.family.rules, mesh)
     return Programs(
         init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
         features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, config.batch.prompts)),
@@ -85,7 +87,7 @@ def decode_chunks(samples: int, at_most: int, ways: int) -> np.ndarray:
     return np.arange(samples).reshape(ways, -1, size).swapaxes(0, 1).reshape(-1, ways * size)
 
 
-def _decode(policy: policies.Policy, num_chunks: int, ways: int, frozen: Any, x0: Array, chunk: Array) -> Array:
+def _decode(policy: Policy, num_chunks: int, ways: int, frozen: Any, x0: Array, chunk: Array) -> Array:
     """Pictures of the samples that `decode_chunks` has in row `chunk`."""
     ways = ways if len(x0) % ways == 0 else 1
     parts = x0.reshape(ways, num_chunks, -1, *x0.shape[1:])  # as it is sharded, so that no sample moves
@@ -93,9 +95,9 @@ def _decode(policy: policies.Policy, num_chunks: int, ways: int, frozen: Any, x0
     return policy.decode(frozen, x.reshape(-1, *x0.shape[1:]))
 
 
-def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: Any) -> Any:
+def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> Any:
     """`run(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
-    policy = policies.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
+    policy = parts.family.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch = settings.config.batch
     repeats = prefix_rows(batch, mesh) // batch.prompts
     dtype, parts_of_each = jnp.dtype(settings.config.model.dtype), settings.config.mesh.rollout_fsdp
@@ -109,7 +111,7 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: A
         noise: Array = initial_noise(settings.sampler, noise_key, ids, policy.latent_shape)
         return rollout(
             policy.velocity,
-            attach(*(_lighten(params, dtype, light) for params in (trained, frozen["base"]))),
+            attach(*(_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"]))),
             plan,
             noise,
             cond,
@@ -122,7 +124,7 @@ def make_rollout(settings: Settings, parts: policies.Parts, attach: Any, mesh: A
     return run
 
 
-def _lighten(params: Any, dtype: Any, mesh: Any) -> Any:
+def _lighten(params: Any, dtype: Any, rules: Rules, mesh: Any) -> Any:
     """Parameters as a rollout reads them, made once an iteration: kernels and biases, which every step would cast to
     the products' dtype, are cast, and where a mesh is given, every leaf is gathered to its layout there."""
 
@@ -131,11 +133,7 @@ def _lighten(params: Any, dtype: Any, mesh: Any) -> Any:
         return leaf.astype(dtype) if read else leaf
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    return (
-        params
-        if mesh is None
-        else jax.lax.with_sharding_constraint(params, meshes.shardings(params, policies.RULES, mesh))
-    )
+    return params if mesh is None else jax.lax.with_sharding_constraint(params, meshes.shardings(params, rules, mesh))
 
 
 def prefix_rows(batch: Any, mesh: Any) -> int:
@@ -151,7 +149,7 @@ def prefix_rows(batch: Any, mesh: Any) -> int:
     return batch.prompts * next((n for n in divisors if batch.prompts * n % ways == 0), 1)
 
 
-def _make_update(settings: Settings, policy: policies.Policy, attach: Any, optimiser: Any) -> Any:
+def _make_update(settings: Settings, policy: Policy, attach: Any, optimiser: Any) -> Any:
     objective = objectives.grpo(policy.velocity, settings.sampler, settings.objective)
     config = settings.config
     return make_update(

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from mixgrpo_jax.models import flux, vae
+from mixgrpo_jax.models import vae
 from mixgrpo_jax.models.nn import placement
+from mixgrpo_jax.models.nn.patches import pack, unpack
 
 
 class Codec(Protocol):
@@ -25,14 +26,20 @@ class Codec(Protocol):
         """[B, H, W, 3] uint8 -> packed latents [B, S, C] fp32."""
 
     def decode(self, params: Any, tokens: Array) -> Array:
-        """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
+        """Packed latents [B, S, C] -> [B, H, W, 3] uint8: `pixels`, rounded and clipped."""
+
+    def pixels(self, params: Any, tokens: Array) -> Array:
+        """Packed latents [B, S, C] -> [B, H, W, 3] fp32 on the scale 0 to 255, neither rounded nor clipped.
+
+        Rewards with a gradient look at these: `decode` has none.
+        """
 
 
 @dataclass(frozen=True)
 class PixelCodec:
     """A latent space without a learned autoencoder: pixels in [-1, 1], folded by 4 x 2 into channels.
 
-    It stands where a VAE stands: pictures [B, H, W, 3] uint8 <-> latents [B, H/4, W/2, 24], which FLUX packs 2 x 2.
+    It stands where a VAE stands: pictures [B, H, W, 3] uint8 <-> latents [B, H/4, W/2, 24], packed 2 x 2.
     """
 
     image_size: tuple[int, int]
@@ -56,19 +63,23 @@ class PixelCodec:
         b, h, w, _ = images.shape
         (dy, dx), x = self.fold, _signed(images)
         x = x.reshape(b, h // dy, dy, w // dx, dx, 3).transpose(0, 1, 3, 5, 2, 4)
-        return flux.pack(x.reshape(b, h // dy, w // dx, 3 * dy * dx))
+        return pack(x.reshape(b, h // dy, w // dx, 3 * dy * dx))
 
     def decode(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
+        return _bytes(self.pixels(params, tokens))
+
+    def pixels(self, params: Any, tokens: Array) -> Array:
+        """Packed latents [B, S, C] -> [B, H, W, 3] fp32 on the scale 0 to 255, neither rounded nor clipped."""
         (h, w), (dy, dx) = self.image_size, self.fold
-        x = flux.unpack(tokens.astype(jnp.float32), h // dy, w // dx)
+        x = unpack(tokens.astype(jnp.float32), h // dy, w // dx)
         x = x.reshape(-1, h // dy, w // dx, 3, dy, dx).transpose(0, 1, 4, 2, 5, 3).reshape(-1, h, w, 3)
-        return _bytes(x)
+        return _scaled(x)
 
 
 @dataclass(frozen=True)
 class VAECodec:
-    """The latent space of an autoencoder: its latents, which FLUX packs 2 x 2. Products are computed in `dtype`."""
+    """The latent space of an autoencoder: its latents, packed 2 x 2. Products are computed in `dtype`."""
 
     config: vae.VAEConfig
     image_size: tuple[int, int]
@@ -91,16 +102,19 @@ class VAECodec:
     def encode(self, params: Any, images: Array) -> Array:
         """[B, H, W, 3] uint8 -> packed latents [B, S, C] fp32, the posterior's mean."""
         mean, _ = vae.encode(self.config, params, _signed(images), self.dtype)
-        return flux.pack(vae.to_latents(self.config, mean))
+        return pack(vae.to_latents(self.config, mean))
 
     def decode(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
+        return placement.one_by_one(lambda sample: _bytes(self._pixels(params, sample)), tokens)
+
+    def pixels(self, params: Any, tokens: Array) -> Array:
+        """Packed latents [B, S, C] -> [B, H, W, 3] fp32 on the scale 0 to 255, neither rounded nor clipped."""
+        return placement.one_by_one(lambda sample: self._pixels(params, sample), tokens)
+
+    def _pixels(self, params: Any, tokens: Array) -> Array:
         rows, cols = self.grid
-
-        def decode(tokens: Array) -> Array:
-            return _bytes(vae.decode(self.config, params, flux.unpack(tokens, 2 * rows, 2 * cols), self.dtype))
-
-        return placement.one_by_one(decode, tokens)
+        return _scaled(vae.decode(self.config, params, unpack(tokens, 2 * rows, 2 * cols), self.dtype))
 
 
 def _check_divides(image_size: tuple[int, int], sides: tuple[int, int]) -> None:
@@ -113,5 +127,9 @@ def _signed(images: Array) -> Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def _bytes(images: Array) -> Array:
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+def _scaled(images: Array) -> Array:
+    return (images + 1) * 127.5
+
+
+def _bytes(pixels: Array) -> Array:
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)

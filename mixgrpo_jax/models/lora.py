@@ -1,7 +1,7 @@
 """Low-rank adapters over a frozen base: y = x W + (alpha/r) (x A) B, with A [d_in, r] and B [r, d_out] in fp32.
 
 An adapted kernel stands where the kernel stood, so that a model's functions take adapted parameters as they are:
-`flux.apply(config, lora.attach(params, adapters, scale), ...)`. The base alone is the policy before training.
+`apply(config, lora.attach(params, adapters, scale), ...)`. The base alone is the policy before training.
 """
 
 import dataclasses
@@ -51,7 +51,8 @@ class LoraConfig:
 
     rank: r; 0 trains all parameters instead.
     alpha: the adapters' product is scaled by alpha/r.
-    targets: regex that the whole path of a linear layer matches, as "double_blocks/image/attention/q".
+    targets: regex that the whole path of a linear layer matches, as "double_blocks/image/attention/q"; "" takes the
+      model family's own.
     init: of A, "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and its
       default. B starts at zero, and so the adapted model as the base.
     base: dtype of the frozen parameters, see `freeze`.
@@ -59,7 +60,7 @@ class LoraConfig:
 
     rank: int = 0
     alpha: float = 64.0
-    targets: str = r"double_blocks/.*/(q|k|v|attention_out)|single_blocks/attention/(q|k|v)"
+    targets: str = ""
     init: str = "gaussian"
     base: str = "bfloat16"
 
@@ -80,6 +81,10 @@ class LoraConfig:
     def scale(self) -> float:
         """alpha/r."""
         return self.alpha / max(self.rank, 1)
+
+    def on(self, targets: str) -> "LoraConfig":
+        """The same, with a family's own targets where none are given."""
+        return self if self.targets else dataclasses.replace(self, targets=targets)
 
 
 @jax.tree_util.register_dataclass

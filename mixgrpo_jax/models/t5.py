@@ -1,4 +1,4 @@
-"""T5 v1.1 encoder: token ids to features, as FLUX.1 and SD3 condition on them (no attention mask)."""
+"""T5 v1.1 encoder: token ids to features, without an attention mask."""
 
 import dataclasses
 import functools
@@ -144,7 +144,7 @@ def apply(config: T5Config, params: Params, tokens: jax.Array, dtype: jnp.dtype 
     Args:
       config: the sizes of `params`.
       params: as `init` returns them, in any float dtype.
-      tokens: ids [B, L], int32. No mask: padding is attended like any token, as FLUX.1 does.
+      tokens: ids [B, L], int32. No mask: padding is attended like any token.
       dtype: dtype of the matmuls; fp16 overflows with the released weights, bf16 does not.
 
     Returns:

@@ -214,7 +214,8 @@ def test_saved_parameters_come_back_bit_identical(tmp_path, name, dtype):
 def test_load_folder_casts_to_the_dtype_asked_for(tmp_path):
     clip.save_folder(tmp_path, CONFIGS["legacy end"], random_params(CONFIGS["legacy end"]))
     _, params = clip.load_folder(tmp_path, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(CONFIGS["legacy end"]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, expected)
 
 
 @pytest.mark.parametrize(

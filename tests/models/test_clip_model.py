@@ -192,8 +192,10 @@ def test_bf16_embeddings_stay_near_and_the_scale_stays_fp32(layout):
     config, (reference, table) = CONFIGS["exact gelu, heads of 80"], MODELS[layout]
     model, inputs = reference(config), inputs_for(config)
     params = clip.load(config, arrays(model), rules=table(), dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves([params["text"], params["vision"]])} == {jnp.dtype(jnp.bfloat16)}
-    assert params["logit_scale"].dtype == np.float32
+    exact = clip.load(config, arrays(model), rules=table())
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact) | {"logit_scale": exact["logit_scale"]}
+    assert exact["logit_scale"].dtype == np.float32
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, rounded)
     expected = expected_embeddings(model, *inputs)
     ours = [
         embed_images(config, params, inputs[0], dtype=jnp.bfloat16),
@@ -243,13 +245,31 @@ def test_patches_are_those_of_a_convolution():
     np.testing.assert_allclose(ours, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
 
 
+def test_fresh_models_have_clips_scales():
+    config = clip.clip_tiny()
+    params = jax.jit(clip.init, static_argnums=0)(config, jax.random.key(0))
+    np.testing.assert_allclose(np.exp(params["logit_scale"]), 1 / 0.07, rtol=1e-6)
+    for tower, sizes in (("text", config.text), ("vision", config.vision)):
+        blocks, d = params[tower]["blocks"], sizes.hidden_size
+        residual = (2 * sizes.num_hidden_layers * d) ** -0.5
+        stds = dict.fromkeys("qkv", d**-0.5) | {"mlp_in": (2 * d) ** -0.5}
+        for layer, std in (stds | {"attention_out": residual, "mlp_out": residual}).items():
+            assert blocks[layer]["kernel"].std() == pytest.approx(std, rel=0.05), (tower, layer)
+            assert not blocks[layer]["bias"].any()
+    assert params["text"]["embedding"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["text"]["positions"].std() == pytest.approx(0.01, rel=0.05)
+
+
 def test_fresh_models_tell_inputs_apart():
     config = clip.clip_tiny()
     params = jax.jit(clip.init, static_argnums=0)(config, jax.random.key(0))
     pixels, tokens = inputs_for(config)
-    image, text = embed_images(config, params, pixels), embed_text(config, params, tokens)
-    for embedding in (image, text):
-        assert np.linalg.norm(embedding[0] - embedding[1]) > 0.1
+    order = [2, 0, 1]
+    for embed, inputs, cosine in ((embed_images, pixels, 0.98), (embed_text, tokens, 0.8)):
+        embedding = np.asarray(embed(config, params, inputs))
+        assert embedding.shape == (3, 24)
+        assert (embedding @ embedding.T)[~np.eye(3, dtype=bool)].max() < cosine
+        np.testing.assert_allclose(embed(config, params, inputs[order]), embedding[order], atol=1e-5)
 
 
 def test_what_cannot_be_is_named():

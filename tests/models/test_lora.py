@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -11,10 +12,12 @@ from safetensors import safe_open
 
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux.model import FluxConfig
+from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.models.flux.weights import TABLE
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora import Int8Kernel, LoraConfig
 from mixgrpo_jax.models.nn.layers import Linear
+from mixgrpo_jax.models.nn.patches import image_ids
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.python import run_program
 
@@ -242,7 +245,7 @@ CONFIG = FluxConfig(
     guidance_embeds=True,
     axes_dims_rope=(4, 6, 6),
 )
-ATTENTION = LoraConfig(rank=4, alpha=8)
+ATTENTION = LoraConfig(rank=4, alpha=8).on(FAMILY.targets)
 ATTENTION_HEADS = ("attention/q", "attention/k", "attention/v")
 Q = "single_transformer_blocks.1.attn.to_q"
 
@@ -266,7 +269,7 @@ def inputs():
     shapes["pooled"] = (2, CONFIG.pooled_projection_dim)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     scalars = dict(timestep=np.float32([0.9375, 0.125]), guidance=np.full(2, 3.5, np.float32))
-    return arrays | scalars | {"image_ids": np.asarray(flux.image_ids(2, 3))}
+    return arrays | scalars | {"image_ids": np.asarray(image_ids(2, 3))}
 
 
 def velocity(config):
@@ -293,7 +296,7 @@ def torch_model(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("base")
-    flux.save_folder(folder, CONFIG, params())
+    flux.TRANSFORMER.save_folder(folder, CONFIG, params())
     return lambda: diffusers.FluxTransformer2DModel.from_pretrained(folder)
 
 
@@ -316,7 +319,12 @@ def run_torch(model):
 
 @pytest.mark.parametrize(
     "config, through",
-    [(ATTENTION, "pipeline"), (ATTENTION, "model"), (EVERY, "pipeline"), (LoraConfig(rank=4, alpha=4), "model")],
+    [
+        (ATTENTION, "pipeline"),
+        (ATTENTION, "model"),
+        (EVERY, "pipeline"),
+        (dataclasses.replace(ATTENTION, alpha=4), "model"),
+    ],
 )
 def test_diffusers_opens_what_we_save(torch_model, tmp_path, config, through):
     lora.save(tmp_path, TABLE, adapters(config), config.scale)
@@ -370,7 +378,7 @@ def test_we_open_what_diffusers_saves(torch_model, tmp_path, how, scale):
     assert relative_error(v, run_torch(model)) < 1e-5
 
 
-@pytest.mark.parametrize("config, ulps", [(ATTENTION, 0), (LoraConfig(4, alpha=4), 0), (EVERY, 2)])
+@pytest.mark.parametrize("config, ulps", [(ATTENTION, 0), (dataclasses.replace(ATTENTION, alpha=4), 0), (EVERY, 2)])
 def test_saved_adapters_come_back(tmp_path, config, ulps):
     lora.save(tmp_path, TABLE, adapters(config), config.scale)
     with safe_open(tmp_path / lora.FILE_NAME, framework="numpy") as file:

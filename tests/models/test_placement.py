@@ -9,16 +9,18 @@ from tests.python import run_program
 ON_EIGHT = """
 import functools
 import jax, jax.numpy as jnp
-from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.models.nn import placement
+from mixgrpo_jax.models.nn.patches import image_ids
 from mixgrpo_jax.runtime import hlo, mesh as meshes
 mesh = meshes.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
 config = flux.flux_small()
 shapes = jax.eval_shape(functools.partial(flux.init, config), jax.random.key(0))
-params = meshes.placed(shapes, meshes.shardings(shapes, policy.RULES, mesh))
+params = meshes.placed(shapes, meshes.shardings(shapes, FAMILY.rules, mesh))
 
 def apply(params, x, text, pooled):
-    return flux.apply(config, params, x, 0.5, text, pooled, 3.5, flux.image_ids(2, 12))
+    return flux.apply(config, params, x, 0.5, text, pooled, 3.5, image_ids(2, 12))
 
 def array(*shape):
     return jax.ShapeDtypeStruct((16, *shape), jnp.float32)

@@ -4,40 +4,66 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.models.codec import PixelCodec
+from mixgrpo_jax.models import families
 from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.trainable import make_trainable, trainable_shapes
+from mixgrpo_jax.tasks import signs
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    parts, params = policies.load("")
-    return parts, params, policies.make(parts, configs.base().model)
-
-
-def test_the_codec_loses_nothing():
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 48, 3), dtype=np.uint8)
-    codec = PixelCodec((16, 48))
-    tokens = codec.encode(None, jnp.asarray(images))
-    assert tokens.shape == (2, np.prod(codec.grid), codec.channels) == (2, 24, 96)
-    np.testing.assert_array_equal(codec.decode(None, tokens), images)
-    np.testing.assert_array_equal(codec.decode(None, jnp.full((1, 24, 96), 9.0)), np.full((1, 16, 48, 3), 255))
-    with pytest.raises(ValueError, match=r"model.image_size: 12 rows are not a multiple of 8"):
-        PixelCodec((12, 48))
+    parts, params = families.load("")
+    return parts, params, parts.family.make(parts, configs.base().model)
 
 
 def test_the_shipped_policy_is_whole(shipped):
     _, params, policy = shipped
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    assert 2e6 < sum(sizes) < 3e6
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()}
+    assert sizes == {"transformer": 1_888_224, "text_encoder_2": 336_640}
     assert policy.latent_shape == (24, 96)
-    cond = policy.features(params, policy.tokenize(["a blue sign that says 4270 in white"] * 2))
-    x = jax.random.normal(jax.random.key(0), (2, 24, 96))
-    v = policy.velocity(params["transformer"], x, 0.5, cond)
+    assert (policy.tokens, policy.evaluations) == ({"image": slice(None)}, 1)
+    dataset = signs.load("test")
+    batch = signs.collate([dataset[i] for i in range(8)])
+    x0 = policy.codec.encode(None, jnp.asarray(batch["image"]))
+    noise = jax.random.normal(jax.random.key(0), x0.shape)
+    x, flow = 0.2 * x0 + 0.8 * noise, noise - x0
+    cond = policy.features(params, policy.tokenize(batch["prompt"]))
+    v = policy.velocity(params["transformer"], x, 0.8, cond)
     assert v.shape == x.shape and v.dtype == jnp.float32
-    assert 0.2 < v.std() < 5
-    alone = policy.velocity(params["transformer"], x[:1], 0.5, jax.tree.map(lambda a: a[:1], cond))
+    # The flow's variance is 1.6: the prompt and the noisy picture tell most of it, and another prompt misleads.
+    assert jnp.square(v - flow).mean() == pytest.approx(0.385, abs=0.01)
+    other = policy.velocity(params["transformer"], x, 0.8, jax.tree.map(lambda a: a[::-1], cond))
+    assert jnp.square(other - flow).mean() == pytest.approx(1.176, abs=0.03)
+    alone = policy.velocity(params["transformer"], x[:1], jnp.array([0.8]), jax.tree.map(lambda a: a[:1], cond))
     np.testing.assert_allclose(v[0], alone[0], atol=1e-4)
+
+
+def test_pictures_are_the_codecs(shipped):
+    _, params, policy = shipped
+    tokens = 2 * jax.random.normal(jax.random.key(0), (2, 24, 96))
+    np.testing.assert_array_equal(policy.pixels(params, tokens), policy.codec.pixels(None, tokens))
+    np.testing.assert_array_equal(policy.decode(params, tokens), policy.codec.decode(None, tokens))
+
+
+def test_shapes_are_those_of_what_is_computed(shipped):
+    parts, params, policy = shipped
+    tokens = policy.tokenize(["a red sign that says 7 in white"] * 3)
+    cond = jax.eval_shape(policy.features, params, tokens)
+    for expected, found in ((tokens, policy.token_shapes(3)), (cond, policy.cond_shapes(3))):
+        assert {name: array.shape for name, array in found.items()} == {name: a.shape for name, a in expected.items()}
+    assert {array.dtype for array in policy.token_shapes(3).values()} == {tokens["t5"].dtype}
+
+    whole = families.shapes(parts, text=True, dtype=jnp.float32)
+    jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(), whole, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole["transformer"])} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole["text_encoder_2"])} == {jnp.dtype(jnp.bfloat16)}
+    assert families.shapes(parts, text=False).keys() == {"transformer"}
+    for config in (LoraConfig(), LoraConfig(rank=2, base="int8")):
+        made = make_trainable(parts, params["transformer"], config, jax.random.key(0), keep_base=True)
+        shapes = trainable_shapes(parts, whole["transformer"], config, keep_base=True)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), made[:2]) == jax.tree.map(
+            lambda a: (a.shape, a.dtype), shapes[:2]
+        )
 
 
 def test_pooled_features_are_the_mean_of_the_prompts_own_tokens(shipped):
@@ -56,26 +82,27 @@ def test_a_prompt_that_does_not_fit_is_refused(shipped):
 
 def test_saved_and_loaded(shipped, tmp_path):
     parts, params, _ = shipped
-    policies.save(tmp_path, parts, params)
-    again, loaded = policies.load(tmp_path)
-    assert (again.transformer, again.text_encoder_2) == (parts.transformer, parts.text_encoder_2)
+    families.save(tmp_path, parts, params)
+    again, loaded = families.load(tmp_path)
+    assert (again.family, again.configs) == (parts.family, parts.configs)
     jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    assert families.read_parts(tmp_path).configs == parts.configs
     (tmp_path / "transformer").rename(tmp_path / "other")
     with pytest.raises(ValueError, match="has no transformer/; expected a checkpoint as diffusers saves it"):
-        policies.load(tmp_path)
+        families.load(tmp_path)
 
 
 def test_what_ships_is_found_by_name(tmp_path):
-    assert policies.find("") == policies.find("shipped:signs") == policies.SHIPPED
-    assert policies.find(tmp_path) == tmp_path
+    assert families.find("") == families.find("shipped:signs") == families.SHIPPED
+    assert families.find(tmp_path) == tmp_path
     with pytest.raises(ValueError, match=r"model.folder='shipped:none' does not ship .*choose from .*signs"):
-        policies.find("shipped:none")
+        families.find("shipped:none")
 
 
 def test_adapters_start_as_the_base_and_leave_it_alone(shipped):
-    _, params, policy = shipped
+    parts, params, policy = shipped
     base = params["transformer"]
-    made = policies.trainable(base, LoraConfig(rank=4, base="float32"), jax.random.key(0), keep_base=False)
+    made = make_trainable(parts, base, LoraConfig(rank=4, base="float32"), jax.random.key(0), keep_base=False)
     assert sum(leaf.size for leaf in jax.tree.leaves(made.params)) < 0.1 * sum(x.size for x in jax.tree.leaves(base))
     cond = policy.features(params, policy.tokenize(["a red sign that says 7 in white"]))
     x = jax.random.normal(jax.random.key(1), (1, 24, 96))
@@ -86,9 +113,9 @@ def test_adapters_start_as_the_base_and_leave_it_alone(shipped):
 
 
 def test_a_fully_trained_model_keeps_its_start_when_asked(shipped):
-    base = shipped[1]["transformer"]
+    parts, base = shipped[0], shipped[1]["transformer"]
     key = jax.random.key(0)
-    assert policies.trainable(base, LoraConfig(), key, keep_base=False).base is None
-    kept = policies.trainable(base, LoraConfig(), key, keep_base=True)
+    assert make_trainable(parts, base, LoraConfig(), key, keep_base=False).base is None
+    kept = make_trainable(parts, base, LoraConfig(), key, keep_base=True)
     jax.tree.map(np.testing.assert_array_equal, kept.base, base)
     assert kept.attach(kept.params, kept.base) is kept.params

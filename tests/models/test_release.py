@@ -5,9 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models import flux
+from mixgrpo_jax.models import families, flux
 from mixgrpo_jax.models.flux import release
-from mixgrpo_jax.models.flux import weights as flux_weights
+from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.models.io import weights
 
 WIDTH, HEAD = 64, 32
@@ -68,8 +68,8 @@ def diffusers_conversion(tensors):
 def test_tensors_are_those_that_diffusers_makes(tmp_path, guidance):
     tensors = released(guidance=guidance)
     weights.write_safetensors(tmp_path / "flux.safetensors", tensors)
-    config, params = flux.load_folder(tmp_path / "flux.safetensors")
-    ours, theirs = weights.export(flux_weights.TABLE, params), diffusers_conversion(tensors)
+    config, params = flux.TRANSFORMER.load_folder(tmp_path / "flux.safetensors")
+    ours, theirs = weights.export(flux.TRANSFORMER.table, params), diffusers_conversion(tensors)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(ours[name], tensor, strict=True)
@@ -91,14 +91,15 @@ def test_a_prefix_sets_the_transformer_apart_from_the_rest_of_the_file(tmp_path)
     weights.write_safetensors(plain, released(dtype=ml_dtypes.bfloat16))
     other = {"vae.decoder.conv_in.weight": np.zeros((2, 2)), "text_encoders.t5xxl.shared.weight": np.zeros((2, 2))}
     weights.write_safetensors(bundle, other | released(dtype=ml_dtypes.bfloat16, prefix=release.PREFIX))
-    (config, params), (other_config, others) = flux.load_folder(plain), flux.load_folder(bundle)
+    (config, params), (other_config, others) = flux.TRANSFORMER.load_folder(plain), flux.TRANSFORMER.load_folder(bundle)
     assert config == other_config
+    assert families.of(plain) is families.of(bundle) is FAMILY
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, others)
 
 
 def test_the_published_sizes_are_found():
     config = flux.flux1_dev()
-    table, skeleton = release.TABLE, flux_weights.skeleton(config)
+    table, skeleton = release.TABLE, flux.TRANSFORMER.skeleton(config)
     fused = {rule.ours: rule for rule in table}
     paths = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}
     structs = {}
@@ -127,11 +128,14 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, change, message):
     tensors = {name: tensor for name, tensor in (released() | change).items() if tensor is not None}
     weights.write_safetensors(tmp_path / "flux.safetensors", tensors)
     with pytest.raises(ValueError, match=message):
-        flux.load_folder(tmp_path / "flux.safetensors")
+        flux.TRANSFORMER.load_folder(tmp_path / "flux.safetensors")
 
 
 @pytest.mark.parametrize("name", ["x_embedder.weight", "transformer.x_embedder.lora_A.weight"])
 def test_a_file_of_other_names_is_refused(tmp_path, name):
     weights.write_safetensors(tmp_path / "other.safetensors", {name: np.zeros((2, 2))})
-    with pytest.raises(ValueError, match=r"has no tensor img_in\.weight, it is no original release.*the folder"):
-        flux.load_folder(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"has no tensor img_in\.weight, it is no original release of FLUX\.1"):
+        flux.TRANSFORMER.load_folder(tmp_path / "other.safetensors")
+    assert not release.recognises(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is no original release of a known model.*the folder"):
+        families.of(tmp_path / "other.safetensors")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mixgrpo_jax.models import flux, policy
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.flux.policy import FAMILY
+from mixgrpo_jax.models.nn.placement import CUT
 from mixgrpo_jax.runtime import mesh as meshes
 
 
@@ -19,7 +21,7 @@ class FakeMesh:
 
 def specs(tree, monkeypatch):
     monkeypatch.setattr(meshes, "NamedSharding", lambda mesh, spec: spec)
-    placed = meshes.shardings(tree, policy.RULES, FakeMesh())
+    placed = meshes.shardings(tree, FAMILY.rules, FakeMesh())
     leaves = jax.tree_util.tree_leaves_with_path(placed, is_leaf=lambda x: isinstance(x, P))
     return {meshes.path_name(path): spec for path, spec in leaves}
 
@@ -30,9 +32,9 @@ def test_every_large_parameter_of_flux_is_cut_by_fsdp(monkeypatch):
     placed = specs(tree, monkeypatch)
     for name, shape in shapes.items():
         if name.endswith("kernel") and min(shape[-2:]) >= 256:
-            assert policy.CUT in placed[name] and "tensor" in placed[name], name
-    assert placed["double_blocks/image/attention/q/kernel"] == P(None, policy.CUT, "tensor")
-    assert placed["single_blocks/out/kernel"] == P(None, "tensor", policy.CUT)
+            assert CUT in placed[name] and "tensor" in placed[name], name
+    assert placed["double_blocks/image/attention/q/kernel"] == P(None, CUT, "tensor")
+    assert placed["single_blocks/out/kernel"] == P(None, "tensor", CUT)
     assert placed["single_blocks/attention/q_norm/scale"] == P()
 
 

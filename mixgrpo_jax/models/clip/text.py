@@ -1,4 +1,4 @@
-"""CLIP's text encoder: token ids to features and one pooled vector, as FLUX.1 conditions on it."""
+"""CLIP's text encoder: token ids to features and one pooled vector."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ class TowerConfig:
 class CLIPTextConfig(TowerConfig):
     """Sizes of a CLIP text encoder, named as in transformers' config.json.
 
-    `projection_dim` is None for an encoder without a projection of its pooled vector, as FLUX.1's.
+    `projection_dim` is None for an encoder without a projection of its pooled vector.
     """
 
     vocab_size: int = 49408

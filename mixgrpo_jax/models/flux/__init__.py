@@ -1,6 +1,5 @@
-"""FLUX.1: the transformer and its weights."""
+"""FLUX.1: the transformer, its weights, and the policy that it makes with T5, CLIP and an autoencoder."""
 
-from mixgrpo_jax.models.flux.latents import image_ids, pack, unpack
 from mixgrpo_jax.models.flux.model import (
     FluxConfig,
     apply,
@@ -10,20 +9,15 @@ from mixgrpo_jax.models.flux.model import (
     flux_small,
     init,
 )
-from mixgrpo_jax.models.flux.weights import load_folder, read_config, save_folder
+from mixgrpo_jax.models.flux.weights import TRANSFORMER
 
 __all__ = [
+    "TRANSFORMER",
     "FluxConfig",
     "apply",
     "flops",
     "flux1_dev",
     "flux1_schnell",
     "flux_small",
-    "image_ids",
     "init",
-    "load_folder",
-    "pack",
-    "read_config",
-    "save_folder",
-    "unpack",
 ]

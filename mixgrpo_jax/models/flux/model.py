@@ -14,7 +14,6 @@ from flax import nnx
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm
 from mixgrpo_jax.models.nn.placement import spread
-from mixgrpo_jax.models.nn.remat import REMAT as REMAT
 from mixgrpo_jax.models.nn.remat import rematerialise
 
 Params = dict[str, Any]

@@ -69,20 +69,20 @@ TABLE = [
 ]
 
 
+def recognises(file: str | os.PathLike) -> bool:
+    """Whether the file's tensors have the names of an original release of FLUX.1."""
+    return set(SIZING) <= set(_tensors(file))
+
+
 def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndarray]]:
     """The config and the tensors, named as in `TABLE`, of an original release.
 
     Names may have the prefix "model.diffusion_model."; tensors without it are then of other models, and left out.
     Raises ValueError for a file of another model, or of a FLUX.1 model with additional input channels.
     """
-    tensors = weights.read_safetensors(file)
-    if any(name.startswith(PREFIX) for name in tensors):
-        tensors = weights.read_safetensors(file, prefix=PREFIX)
+    tensors = _tensors(file)
     if absent := [name for name in SIZING if name not in tensors]:
-        raise ValueError(
-            f"{file} has no tensor {absent[0]}, it is no original release of FLUX.1. A file of a diffusers model is "
-            "opened by the folder that holds it and config.json; adapters (LoRA) are opened with their base"
-        )
+        raise ValueError(f"{file} has no tensor {absent[0]}, it is no original release of FLUX.1")
     config = config_of(tensors)
     if (outputs := tensors["final_layer.linear.weight"].shape[0]) != config.in_channels:
         raise ValueError(
@@ -90,6 +90,12 @@ def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndar
             "supported; use a text-to-image model, where both are 64"
         )
     return config, tensors
+
+
+def _tensors(file: str | os.PathLike) -> Mapping[str, np.ndarray]:
+    tensors = weights.read_safetensors(file)
+    whole = any(name.startswith(PREFIX) for name in tensors)
+    return weights.read_safetensors(file, prefix=PREFIX) if whole else tensors
 
 
 def config_of(tensors: Mapping[str, np.ndarray]) -> FluxConfig:

@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh."""
+"""Where activations and parameters lie on a mesh."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,20 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp")
 TOKEN_AXES = ("context",)
 HEAD_AXES = ("tensor",)
+
+# Column-parallel into a block, row-parallel out of it; everything else is only cut by fsdp and context. The first axis
+# of a block's parameter is the block's index, over which the scan runs: it stays whole.
+CUT = ("fsdp", "context")
+RULES = (  # of the names that our models share
+    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, CUT, "tensor")),
+    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
+    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, "tensor", CUT)),
+    (r"linear_1/kernel", P(CUT, "tensor")),
+    (r"linear_2/kernel", P("tensor", CUT)),
+    (r"embedding", P(CUT, None)),
+    (r"blocks/.*/a$", P(None, CUT, None)),  # adapters
+    (r"blocks/.*/b$", P(None, None, CUT)),
+)
 
 
 def spread(tree: Any) -> Any:

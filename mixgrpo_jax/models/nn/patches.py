@@ -1,4 +1,4 @@
-"""Latents as the tokens that FLUX.1 sees: 2 x 2 patches folded into channels, and their positions."""
+"""Latents as a transformer's tokens: 2 x 2 patches folded into channels, and their positions."""
 
 import jax
 import jax.numpy as jnp

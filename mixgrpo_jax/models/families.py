@@ -1,0 +1,285 @@
+"""The model families, each in a folder of its own that is imported when it is named, and checkpoints of any of them.
+
+A checkpoint is a folder as diffusers lays it out: transformer/, text encoders with their tokenizers, vae/. The class
+name in transformer/config.json tells the family. To add one, write its `Family` and a line of `FAMILIES`.
+"""
+
+import functools
+import os
+import pathlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.transformer import Transformer
+from mixgrpo_jax.models.policy import Policy
+
+# By diffusers' class name of the transformer.
+FAMILIES = {"FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY"}
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+SHIPPED = ASSETS / "signs"
+SHIPS = "shipped:"
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+class Model(Protocol):
+    """A module, or `Transformer`, that initialises a part of a checkpoint, and reads and writes its folder."""
+
+    def init(self, config: Any, key: Array, /) -> Any:
+        """Fresh parameters in fp32."""
+
+    def read_config(self, folder: Any, /) -> Any:
+        """The sizes in a folder. Raises ValueError for a folder of another model."""
+
+    def load_folder(self, folder: Any, /, dtype: Any = None) -> tuple[Any, Any]:
+        """The config and the parameters, on the host, in `dtype` or else in the files' own."""
+
+    def save_folder(self, folder: Any, config: Any, params: Any, /) -> None:
+        """Writes what `load_folder` reads."""
+
+
+class Part(NamedTuple):
+    """A part of a checkpoint, which some lack where it is optional. A text encoder names its tokenizer's folder."""
+
+    model: Model
+    tokenizer: str = ""
+    optional: bool = False
+
+
+class Text(NamedTuple):
+    """What prompts become.
+
+    features: (params, tokens) -> cond, a dict of arrays with leading axis P.
+    tokenize: (prompts, cut=False) -> tokens, a dict of ids [P, L] int32. A prompt that does not fit is cut, or raises
+      ValueError.
+    limits: by encoder, the tokens of a prompt that it takes.
+    """
+
+    features: Callable[[Any, Any], dict[str, Array]]
+    tokenize: Callable[..., dict[str, np.ndarray]]
+    limits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture, of any size.
+
+    transformer: how the part that is trained is stored.
+    parts: the other parts by their folder's name. Of the text encoders, the first is the one whose tokens
+      model.text_length counts.
+    rules: ordered (regex, PartitionSpec): a parameter lies as the first regex says that is found in its path.
+    targets: the layers that adapters are for by default, see `LoraConfig`.
+    text: (parts, tokens of a prompt, dtype) -> Text.
+    make: (parts, a config's `model` section, remat) -> Policy. `remat`, if not None, overrides the config's: a rollout
+      keeps no activations, so it recomputes none. Raises ValueError for parts or settings that do not fit.
+    small: configs by part of a model that is trained from scratch on small pictures.
+    architectures: configs by part of released models, by their name.
+    """
+
+    transformer: Transformer
+    parts: Mapping[str, Part]
+    rules: Rules
+    targets: str
+    text: Callable[["Parts", int, Any], Text]
+    make: Callable[..., Policy]
+    small: Callable[[], dict[str, Any]]
+    architectures: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Of all parts."""
+        return {"transformer": self.transformer} | {name: part.model for name, part in self.parts.items()}
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """The folders of tokenizers by text encoder."""
+        return {name: part.tokenizer for name, part in self.parts.items() if part.tokenizer}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The architectures of the parts that a checkpoint has, and its tokenizers, by their folders' names."""
+
+    family: Family
+    configs: Mapping[str, Any]
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(folder: str | os.PathLike) -> pathlib.Path:
+    """The folder of a checkpoint; "shipped:NAME" is one of those in the package, and "" is its `signs`.
+
+    Raises ValueError for a name that does not ship.
+    """
+    if not str(folder).startswith(SHIPS):
+        return pathlib.Path(folder) if folder else SHIPPED
+    name = str(folder).removeprefix(SHIPS)
+    known = sorted(path.name for path in ASSETS.iterdir())
+    if name not in known:
+        raise ValueError(f"model.folder={str(folder)!r} does not ship with the package; choose from {', '.join(known)}")
+    return ASSETS / name
+
+
+def of(transformer: str | os.PathLike) -> Family:
+    """The family of a transformer: a folder with config.json, or an original single file, which families know by sight.
+
+    Raises ValueError where there is nothing, or a model of no family.
+    """
+    path, known = Path(transformer), ", ".join(FAMILIES)
+    if not path.exists():
+        raise ValueError(f"there is no {path}: give a transformer's folder, or an original .safetensors file")
+    if path.is_file():
+        for family in _families():
+            if (release := family.transformer.release) and release.recognises(path):
+                return family
+        raise ValueError(
+            f"{path} is no original release of a known model ({known}). A file of a diffusers model is opened by the "
+            "folder that holds it and config.json; adapters (LoRA) are opened with their base"
+        )
+    name = weights.read_config(path, {}).get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"{path / 'config.json'} has _class_name={name!r}, no known family; choose from {known}")
+    return pkgutil.resolve_name(FAMILIES[name])
+
+
+def of_encoders(folder: Path) -> Family:
+    """The family of a checkpoint's folder. Where it has text encoders alone, the first family whose encoders are there.
+
+    Raises ValueError where no family's are.
+    """
+    if (folder / "transformer").is_dir():
+        return of(folder / "transformer")
+    lacks = [(family, _lacks(family, folder)) for family in _families()]
+    if found := [family for family, absent in lacks if not absent]:
+        return found[0]
+    needs = "; ".join(f"{family.transformer.class_name} needs {', '.join(absent)}" for family, absent in lacks)
+    raise ValueError(f"{str(folder)!r} has no model's text encoders ({needs}); give a folder as diffusers saves it")
+
+
+def _families() -> list[Family]:
+    return [pkgutil.resolve_name(path) for path in FAMILIES.values()]
+
+
+def _lacks(family: Family, folder: Path) -> list[str]:
+    """The folders of needed text encoders and tokenizers that are not there."""
+    needed = [(name, part.tokenizer) for name, part in family.parts.items() if part.tokenizer and not part.optional]
+    return [f"{name}/" for pair in needed for name in pair if not (folder / name).is_dir()]
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    transformer: str = "",
+    text: bool = True,
+    dtype: Any = None,
+    place: Callable[[Any, Rules], Any] | None = None,
+) -> tuple[Parts, dict[str, Any]]:
+    """Read a checkpoint: its parts, and their parameters by part.
+
+    Args:
+        folder: the folder, see `find`. The family's optional parts are read where they are.
+        transformer: where else to take the transformer from: a folder, or an original single file.
+        text: whether to read the text encoders; with cached features they are not needed.
+        dtype: of the transformer's parameters; the file's own by default.
+        place: (shapes, the family's rules) -> shardings, for parameters that go straight onto a mesh; host arrays by
+            default.
+
+    Raises ValueError where a part is missing, or of no known family.
+    """
+    family, source, folder = _open(folder, transformer, text)
+    places = None if place is None else lambda tree: place(tree, family.rules)
+    configs: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    configs["transformer"], params["transformer"] = family.transformer.load_folder(source, dtype, shardings=places)
+    for name in _present(family, folder, text):
+        configs[name], host = family.parts[name].model.load_folder(folder / name)
+        params[name] = host if places is None else jax.device_put(host, places(host))
+    return Parts(family, configs, read_tokenizers(family, folder, configs)), params
+
+
+def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
+    """The parts that `load` reads, from their configs and tokenizers alone. Raises ValueError as it does."""
+    family, source, folder = _open(folder, transformer, text=False)
+    present = _present(family, folder, text=True)
+    configs = {name: family.parts[name].model.read_config(folder / name) for name in present}
+    configs = {"transformer": family.transformer.read_config(source)} | configs
+    return Parts(family, configs, read_tokenizers(family, folder, configs))
+
+
+def _open(folder: str | os.PathLike, transformer: str, text: bool) -> tuple[Family, Path, Path]:
+    """The family of a checkpoint, and where its transformer and its other parts are."""
+    folder = find(folder)
+    source = Path(transformer) if transformer else folder / "transformer"
+    lacks = [] if source.exists() else [f"{source.name}/"]
+    if not lacks and text:
+        lacks = _lacks(of(source), folder)
+    if lacks:
+        raise ValueError(f"model.folder={str(folder)!r} has no {lacks[0]}; expected a checkpoint as diffusers saves it")
+    return of(source), source, folder
+
+
+def _present(family: Family, folder: Path, text: bool) -> list[str]:
+    return [name for name, part in family.parts.items() if (folder / name).is_dir() and (text or not part.tokenizer)]
+
+
+def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizers of those of the encoders that have one in the folder."""
+    from transformers import AutoTokenizer  # it takes seconds to import
+
+    names = [name for encoder, name in family.encoders.items() if encoder in encoders and (folder / name).is_dir()]
+    return {name: AutoTokenizer.from_pretrained(folder / name) for name in names}
+
+
+def save(folder: str | os.PathLike, parts: Parts, params: Mapping[str, Any]) -> None:
+    """Write what `load` reads, and diffusers and transformers read too."""
+    for name in params:
+        parts.family.models[name].save_folder(Path(folder) / name, parts.configs[name], params[name])
+    for name, tokenizer in parts.tokenizers.items():
+        tokenizer.save_pretrained(Path(folder) / name)
+
+
+def small_parts(folder: str | os.PathLike, tokenizer: Any) -> Parts:
+    """A small model of the family of the checkpoint `folder`, to train from scratch on the prompts of a tokenizer."""
+    family = of(find(folder) / "transformer")
+    return Parts(family, family.small(), {next(iter(family.encoders.values())): tokenizer})
+
+
+def architectures() -> dict[str, Callable[[], Parts]]:
+    """The released models of all families, without their tokenizers, by name."""
+
+    def parts(family: Family, configs: Callable[[], dict[str, Any]]) -> Parts:
+        return Parts(family, configs())
+
+    return {
+        name: functools.partial(parts, family, configs)
+        for family in _families()
+        for name, configs in family.architectures.items()
+    }
+
+
+def init(parts: Parts, key: Array) -> dict[str, Any]:
+    """Fresh parameters in fp32 by part."""
+    names = [name for name in parts.family.models if name in parts.configs]
+    keys = jax.random.split(key, len(names))
+    return {name: parts.family.models[name].init(parts.configs[name], key) for name, key in zip(names, keys)}
+
+
+def shapes(parts: Parts, *, text: bool, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """Shapes of the parameters by part, in bf16 as released, the transformer's in `dtype`; `text` encoders or none."""
+    made = jax.eval_shape(functools.partial(init, parts), jax.random.key(0))
+
+    def cast(name: str, tree: Any) -> Any:
+        own = dtype if name == "transformer" else jnp.bfloat16
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, own), tree)
+
+    return {name: cast(name, tree) for name, tree in made.items() if text or name not in parts.family.encoders}
