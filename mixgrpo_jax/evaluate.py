@@ -24,10 +24,10 @@ from mixgrpo_jax.flow import rollout, schedules
 from mixgrpo_jax.flow.plans import solver_orders
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models.policy import Parts, Policy, Trainable
-from mixgrpo_jax.rewards import build, score_chunks
+from mixgrpo_jax.rewards.scoring import build, score_chunks
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
-from mixgrpo_jax.tasks import TASKS
+from mixgrpo_jax.tasks import load_task
 
 
 def load_policy(
@@ -99,7 +99,7 @@ class HeldOut:
 
     def __init__(self, config: Any, policy: Policy, attach: Callable[[Any, Any], Any] = lambda trained, base: trained):
         self.options, self.policy = config.evaluation, policy
-        self.task = TASKS[config.data.name]
+        self.task = load_task(config.data.name)
         dataset = self.task.load("test", config.data.folder)
         if self.options.prompts > len(dataset):
             raise configs.ConfigError(
@@ -131,7 +131,8 @@ class HeldOut:
         images = self.draw(trained, frozen)
         score = functools.partial(score_chunks, self.rewards)
         everything = np.arange(len(images))
-        return Assessment(images, distributed.map_rows(score, [images], [everything], self.prompts, self.metadata))
+        scores = distributed.map_rows(score, [images], [everything], self.prompts, self.metadata)
+        return Assessment(images, {name: score.value for name, score in scores.items()})
 
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from mixgrpo_jax.models import flux, t5
 from mixgrpo_jax.models import policy as policies
-from mixgrpo_jax.tasks.signs import build_tokenizer
+from mixgrpo_jax.tasks.signs.data import build_tokenizer
 
 jax.config.update("jax_threefry_partitionable", True)
 

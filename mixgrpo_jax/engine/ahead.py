@@ -12,7 +12,7 @@ from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import policy as policies
 from mixgrpo_jax.models import skeleton
-from mixgrpo_jax.rewards import sketch
+from mixgrpo_jax.rewards.scoring import sketch
 from mixgrpo_jax.runtime import mesh as meshes
 
 # what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.

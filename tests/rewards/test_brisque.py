@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from mixgrpo_jax.rewards import Reward, brisque, score_all
+from mixgrpo_jax.rewards import brisque
+from mixgrpo_jax.rewards.scoring import score_all
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("brisque") is None, reason="brisque ships the weights")
 
@@ -42,10 +43,11 @@ def test_odd_sizes_are_halved_as_the_package_does(photographs):
 
 
 def test_distortion_costs_and_an_image_scores_the_same_alone(photographs):
-    reward = Reward("brisque", "device", brisque.score)
-    scores = score_all([reward], photographs, [""] * 4, [{}] * 4)["brisque"]
+    reward = brisque.brisque_reward()
+    scores = score_all([reward], photographs, [""] * 4, [{}] * 4)["brisque"].value
+    np.testing.assert_array_equal(scores, -brisque.brisque(photographs))
     assert (scores[1:] < scores[0] - 5).all()
-    np.testing.assert_allclose(brisque.score(photographs[:1], [""], [{}]), scores[:1], atol=1e-2)
+    np.testing.assert_allclose(reward.score(photographs[:1], [""], [{}]), scores[:1], atol=1e-2)
 
 
 @pytest.mark.parametrize("level", [0, 200, 255])
