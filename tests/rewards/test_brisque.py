@@ -2,6 +2,7 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def test_distortion_costs_and_an_image_scores_the_same_alone(photographs):
 @pytest.mark.parametrize("level", [0, 200, 255])
 def test_flat_pictures_have_a_score_and_a_bad_one(level):
     assert brisque.brisque(np.full((1, 64, 64, 3), level, np.uint8))[0] > 100
+
+
+def test_flat_pictures_have_a_gradient_too():
+    flat = jnp.concatenate([jnp.full((1, 32, 32, 3), level) for level in (0.0, 200.0)])
+    assert np.isfinite(jax.grad(lambda x: brisque.brisque(x).sum())(flat)).all()
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
