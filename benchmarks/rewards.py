@@ -25,7 +25,7 @@ from mixgrpo_jax.models import clip
 from mixgrpo_jax.models.clip import vision as vision
 from mixgrpo_jax.rewards import ocr
 from mixgrpo_jax.rewards.preprocess import MEAN, STD, preprocess
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 _MODELS = flags.DEFINE_list("models", None, "Names of reward models; all by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 192, "Pictures a batch: by default, 16 prompts with groups of 12.")
@@ -41,12 +41,14 @@ def ocr_ways(count: int) -> Ways:
     images = np.stack([signs.photograph(sign, rng)["image"] for sign in drawn])
     numbers = [{"number": sign.number} for sign in drawn]
 
+    prompts, dense = [""] * count, ocr.ocr_dense()
+
     def score(read: ocr.Read, rows: slice = slice(None)) -> np.ndarray:
         return ocr.score(images[rows], [], numbers[rows], inspect.unwrap(read))  # which remembers no pictures
 
     return {
         "JAX": lambda: score(ocr.read_on_device),
-        "JAX, dense score": lambda: np.asarray(ocr.dense_score(images, [], numbers)),
+        "JAX, dense score": lambda: np.asarray(dense.score(images, prompts, numbers)),
         "onnxruntime": lambda: score(ocr.read),
         "onnxruntime, one at a time": lambda: [score(ocr.read, slice(i, i + 1)) for i in range(count)],
     }

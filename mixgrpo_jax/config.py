@@ -193,7 +193,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         _choice(field, _get(config, field), known)
     for name in [*config.rewards, *config.watched]:
         kind = config.reward_options.get(name, {}).get("kind", name)
-        _choice("watched" if name in config.watched else f"rewards.{name}", kind, REWARDS)
+        if ":" not in kind:  # "module:function", of a builder that is not in the table
+            _choice("watched" if name in config.watched else f"rewards.{name}", kind, REWARDS)
     if min(config.rewards.values(), default=0) < 0 or sum(config.rewards.values()) <= 0:
         raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
     if not 0 <= config.optimizer.final_rate <= 1:

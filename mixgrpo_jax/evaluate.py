@@ -26,10 +26,10 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, make_trainable
-from mixgrpo_jax.rewards import build, score_chunks
+from mixgrpo_jax.rewards.scoring import build, score_chunks
 from mixgrpo_jax.runtime import checkpoint, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
-from mixgrpo_jax.tasks import TASKS
+from mixgrpo_jax.tasks import load_task
 
 
 def load_policy(
@@ -101,7 +101,7 @@ class HeldOut:
 
     def __init__(self, config: Any, policy: Policy, attach: Callable[[Any, Any], Any] = lambda trained, base: trained):
         self.options, self.policy = config.evaluation, policy
-        self.task = TASKS[config.data.name]
+        self.task = load_task(config.data.name)
         dataset = self.task.load("test", config.data.folder)
         if self.options.prompts > len(dataset):
             raise configs.ConfigError(
@@ -133,7 +133,8 @@ class HeldOut:
         images = self.draw(trained, frozen)
         score = functools.partial(score_chunks, self.rewards)
         everything = np.arange(len(images))
-        return Assessment(images, distributed.map_rows(score, [images], [everything], self.prompts, self.metadata))
+        scores = distributed.map_rows(score, [images], [everything], self.prompts, self.metadata)
+        return Assessment(images, {name: score.value for name, score in scores.items()})
 
 
 def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:

@@ -27,7 +27,7 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
-from mixgrpo_jax.tasks import TASKS
+from mixgrpo_jax.tasks import load_task
 
 
 def flow_matching_loss(policy: Policy, shift: float, params: dict, images: Array, tokens: Any, key: Array) -> Array:
@@ -75,7 +75,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     """Train, save, and return the held-out scores."""
     configs.resolve(config)
     workdir, options = pathlib.Path(workdir), config.pretrain
-    task = TASKS[config.data.name]
+    task = load_task(config.data.name)
     parts = families.small_parts(config.model.folder, task.build_tokenizer())
     policy = parts.family.make(parts, config.model)
     key = jax.random.key(config.seed)

@@ -21,17 +21,17 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from mixgrpo_jax import rewards
 from mixgrpo_jax.config import ConfigError
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards import scoring
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.remote import TOKEN
 from mixgrpo_jax.rewards.serving.app import make_app, serve
 
 
 def build(config: Any) -> dict[str, Reward]:
-    """The rewards that a config names, trained on or watched, by name. Raises ValueError as `rewards.build` does."""
+    """The rewards that a config names, trained on or watched, by name. Raises ValueError as `scoring.build` does."""
     names = dict.fromkeys([*config.rewards, *config.watched])
-    return {reward.name: reward for reward in rewards.build(names, config.reward_options)}
+    return {reward.name: reward for reward in scoring.build(names, config.reward_options)}
 
 
 def read_token(token_file: str, host: str) -> str:

@@ -24,12 +24,12 @@ from mixgrpo_jax.engine.collect import Drawing, Drawn
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.evaluate import Assessment, HeldOut, load_policy, table
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.rewards import build
+from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.advantages import advantages
 from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
-from mixgrpo_jax.tasks import TASKS
+from mixgrpo_jax.tasks import load_task
 
 
 def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -50,7 +50,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
     config, first = settings.config, distributed.is_first()
-    task = TASKS[config.data.name]
+    task = load_task(config.data.name)
     prompts = task.batches(task.load("train", config.data.folder), config.seed, config.batch.prompts)
     rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
     group_id = np.repeat(np.arange(config.batch.prompts), config.batch.group)
@@ -100,7 +100,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
             jax.block_until_ready(drawn.images[0])
 
         with timer("reward"):
-            scores = drawing.score(drawn)
+            scores = {name: score.value for name, score in drawing.score(drawn).items()}
             advantage = advantages(scores, group_id, config.rewards, settings.advantage)
 
         with timer("rollout"):  # what of the next one the rewards did not hide

@@ -12,7 +12,7 @@ import pytest
 from mixgrpo_jax.models import families, flux, t5
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.flux.policy import FAMILY
-from mixgrpo_jax.tasks.signs import build_tokenizer
+from mixgrpo_jax.tasks.signs.data import build_tokenizer
 
 jax.config.update("jax_threefry_partitionable", True)
 

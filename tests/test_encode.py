@@ -21,9 +21,10 @@ from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models import t5
 from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.families import SHIPPED
-from mixgrpo_jax.rewards import Reward, score_all
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.scoring import score_all
 from mixgrpo_jax.runtime.mesh import virtual_devices
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 LENGTH, CLIP_LENGTH = 12, 10
 T5 = t5.t5_tiny(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)
@@ -227,7 +228,7 @@ def test_metadata_reach_a_reward_as_the_file_has_them(source, tmp_path):
         return np.array([m["id"] for m in metadata])
 
     scores = score_all([Reward("ids", "host", score)], np.zeros((3, 2, 2, 3)), batch["prompt"], batch["metadata"])
-    assert sorted(scores["ids"]) == [0, 1, 2]
+    assert sorted(scores["ids"].value) == [0, 1, 2]
 
 
 def test_the_prompt_may_be_in_another_field(source, tmp_path):

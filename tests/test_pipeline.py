@@ -20,7 +20,7 @@ from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.sample import sample
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 SIZE, STEPS, LENGTH = (48, 80), 4, 12
 PROMPTS = ["a blue sign that says 4270 in white", "a pink sign that says 8 in black"]

@@ -9,7 +9,7 @@ import pytest
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import pretrain
 from mixgrpo_jax.models import families
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 
 @pytest.fixture(scope="module")

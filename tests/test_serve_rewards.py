@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.rewards import REWARDS, Reward, colour, transport
+from mixgrpo_jax.rewards import REWARDS, transport
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.remote import TOKEN, remote
 from mixgrpo_jax.serve_rewards import build, read_token
+from mixgrpo_jax.tasks.signs import verify
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -26,8 +28,12 @@ def get_config():
 """
 
 
+def own(scale=1):
+    return Reward("own", "host", lambda *_: scale)
+
+
 def test_serves_what_the_config_names(monkeypatch):
-    monkeypatch.setitem(REWARDS, "own", lambda scale=1: Reward("own", "host", lambda *_: scale))
+    monkeypatch.setitem(REWARDS, "own", f"{__name__}:own")
     config = configs.base()
     config.rewards, config.watched = dict(colour=1.0), ("own", "colour")
     assert list(build(config)) == ["colour", "own"]
@@ -100,7 +106,7 @@ def test_ten_thousand_images_through_two_servers_of_which_one_dies_and_comes_bac
     colours = rng.integers(0, 256, (10_000, 2, 3)).astype(np.uint8)
     images = np.uint8(np.clip(colours[:, :1, None] + rng.normal(0, 40, (10_000, 8, 8, 3)), 0, 255))
     metadata = [{"plate_rgb": plate, "digits_rgb": digits} for plate, digits in colours]
-    expected = np.asarray(colour.score(images, [], metadata))
+    expected = np.asarray(verify.colour().score(images, [], metadata))
     assert len(np.unique(expected)) > 9_900  # so that a score in another's place is seen
 
     servers = [Server(tmp_path), Server(tmp_path)]

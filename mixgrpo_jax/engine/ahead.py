@@ -13,7 +13,7 @@ from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.trainable import trainable_shapes
-from mixgrpo_jax.rewards import sketch
+from mixgrpo_jax.rewards.scoring import sketch
 from mixgrpo_jax.runtime import mesh as meshes
 
 # what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.

@@ -17,7 +17,8 @@ from mixgrpo_jax.engine.programs import Programs
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.rewards import Reward, score_chunks
+from mixgrpo_jax.rewards.contract import Reward, Score
+from mixgrpo_jax.rewards.scoring import score_chunks
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -69,8 +70,8 @@ class Drawing:
         images = [self.programs.decode(self.frozen, sampled.x0, chunk) for chunk in range(len(self.programs.chunks))]
         return Drawn(plan, batch, cond, sampled, images)
 
-    def score(self, drawn: Drawn) -> dict[str, np.ndarray]:
-        """Scores of the samples by every reward, {name: [B]}, on every process."""
+    def score(self, drawn: Drawn) -> dict[str, Score]:
+        """Scores of the samples by every reward, on every process."""
         texts, metadata = ([drawn.batch[key][group] for group in self.group_id] for key in ("prompt", "metadata"))
         score = functools.partial(score_chunks, self.rewards)
         return distributed.map_rows(score, drawn.images, list(self.programs.chunks), texts, metadata)

@@ -63,7 +63,7 @@ def aesthetic(
     nothing = np.zeros(width, np.float32), np.zeros((), np.float32)
     weight, bias = nothing if head is None else collapse(read_weights(head), width)
     params = load_params(weights, score.config, options, parts=("vision",)) | {"weight": weight, "bias": bias}
-    return build("aesthetic", score, params, lambda prompts: None, options)
+    return build("aesthetic", score, params, lambda prompts, metadata: None, options)
 
 
 def collapse(tensors: Mapping[str, np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

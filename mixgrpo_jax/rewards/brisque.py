@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Images
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 
 LUMA = (0.2125, 0.7154, 0.0721)
 SIZE, SIGMA = 7, 7 / 6  # of the Gaussian window of local statistics, in pixels
@@ -86,7 +87,7 @@ def brisque(images: jax.typing.ArrayLike) -> jax.Array:
     """BRISQUE's score, about 0 for the best photographs to 100 for the worst distortions; fp32 [B].
 
     Args:
-        images: uint8 [B, H, W, 3].
+        images: [B, H, W, 3], uint8 or float from 0 to 255, in which it is differentiable.
     """
     x = jnp.sum(jnp.asarray(images, jnp.float32) / 255 * jnp.array(LUMA), axis=-1)
     model = regression()
@@ -129,7 +130,7 @@ def _contrast(x: jax.Array) -> jax.Array:
     mean = sum(w * y for w, y in neighbours)
     # Of differences: that of E x^2 and (E x)^2 would lose flat places to rounding.
     variance = sum(w * (y - mean) ** 2 for w, y in neighbours)
-    return (x - mean) / (jnp.sqrt(variance) + CONTRAST)
+    return (x - mean) / (_root(variance) + CONTRAST)
 
 
 def _fit(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -143,11 +144,16 @@ def _fit(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     left, right = (
         jnp.sum(squares * side, axes) / jnp.maximum(jnp.sum(side, axes), 1) for side in (1.0 * (x < 0), 1.0 * (x >= 0))
     )
-    l, r = jnp.sqrt(left), jnp.sqrt(right)
+    l, r = _root(left), _root(right)
     ratio = jnp.mean(jnp.abs(x), axes) ** 2 / (jnp.mean(squares, axes) + TINY)
     ratio *= (l**3 + r**3) * (l + r) / ((left + right) ** 2 + TINY)
     ratio = jnp.clip(ratio, RATIO[0], RATIO[-1])
     return jnp.interp(ratio, RATIO, ALPHA), (r - l) * jnp.sqrt(ratio), left, right
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """sqrt(x), with a gradient of 0 where x is 0, in flat places, and not an infinite one."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _halved(x: jax.Array) -> jax.Array:
@@ -162,7 +168,11 @@ def _halved(x: jax.Array) -> jax.Array:
     return x
 
 
-def score(images: Images, prompts: list[str], metadata: list[dict]) -> jax.Array:
-    """-`brisque`, fp32 [B]: larger is better, 0 for the best photographs."""
-    del prompts, metadata
-    return -brisque(images)
+def brisque_reward() -> Reward:
+    """The reward -`brisque`: larger is better, 0 for the best photographs.
+
+    Raises ImportError as `regression` does.
+    """
+    regression()
+    score = OnDevice(lambda params, images, inputs: -brisque(images), {}, lambda prompts, metadata: None)
+    return Reward("brisque", "device", score)

@@ -151,4 +151,5 @@ def _open_clip_tokenizer(folder: File | None, score: Similarity) -> Tokenize:
 
 
 def _build(name: str, score: Similarity, weights: File | None, tokenize: Tokenize, options: Options) -> Reward:
-    return build(name, score, load_params(weights, score.config, options), tokenize, options)
+    params = load_params(weights, score.config, options)
+    return build(name, score, params, lambda prompts, metadata: tokenize(prompts), options)

@@ -2,12 +2,46 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-Images = np.ndarray | jax.Array  # uint8 [B, H, W, 3]
+Array = np.ndarray | jax.Array
+Images = Array  # uint8 [B, H, W, 3]
+
+
+class Score(NamedTuple):
+    """What a reward gives a batch of images; arrays of NumPy or JAX.
+
+    value: [B]; larger is better.
+    map: None, or [B, S]: how much of the value each of the S latent positions earned, for spatial credit.
+    """
+
+    value: Any
+    map: Any = None
+
+
+def as_score(given: Array | Score) -> Score:
+    """What a reward returned, as a Score."""
+    return given if isinstance(given, Score) else Score(given)
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """What the `score` of a differentiable reward has beside it; `on_device.OnDevice` is one."""
+
+    @property
+    def function(self) -> Callable[..., jax.Array]:
+        """`(params, images, inputs) -> scores [B]`, pure JAX, differentiable in float images [B, H, W, 3], 0 to 255."""
+
+    @property
+    def params(self) -> Any:
+        """Of the function: a tree of arrays, which may be empty."""
+
+    @property
+    def inputs(self) -> Callable[[list[str], list[dict]], Any]:
+        """`(prompts, metadata) -> ` what the function is told of each image: a tree of arrays, [B, ...] each."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +52,15 @@ class Reward:
         name: how logs and configs call it.
         where: "device" if `score` only enqueues work on the accelerator, "host" if it keeps the CPU busy.
         score: `(images, prompts, metadata) -> scores`, with images uint8 [B, H, W, 3], B prompts, and for each prompt
-            the dict that came with it from the data; scores are float32 [B]. It may raise: a run stops rather than
-            learn from a made-up score. Scores that are not finite are refused by `score_all`.
+            the dict that came with it from the data; scores are float32 [B], or a `Score`. It may raise: a run stops
+            rather than learn from a made-up score. Scores that are not finite are refused by `score_all`.
     """
 
     name: str
     where: Literal["device", "host"]
-    score: Callable[[Images, list[str], list[dict]], Images]
+    score: Callable[[Images, list[str], list[dict]], Array | Score]
+
+    @property
+    def differentiable(self) -> Differentiable | None:
+        """`score`, if it is differentiable in float images; otherwise None."""
+        return self.score if isinstance(self.score, Differentiable) else None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Images, Reward
+from mixgrpo_jax.rewards.contract import Images, Reward, Score
 
 SIGNATURE = "(images uint8 [B, H, W, 3], prompts, metadata) -> scores [B]"
 
@@ -23,8 +23,8 @@ def function_reward(path: str, where: Literal["device", "host"] = "host") -> Rew
         path: "module:function", or "folder/file.py:function". The function keeps the contract of `Reward.score`. Its
             module is imported, and so runs.
         where: "host" for a function that computes on the CPU: it is given its images as a NumPy array, and may return
-            any sequence of numbers. "device" for one that only enqueues work on the accelerator: it is given them as
-            they are, and returns a jax.Array.
+            any sequence of numbers, or a `Score`. "device" for one that only enqueues work on the accelerator: it is
+            given them as they are, and returns a jax.Array, or a `Score` of such.
 
     Raises:
         ValueError: there is no such module, file or function, or it does not take three arguments. `score` raises it
@@ -32,7 +32,7 @@ def function_reward(path: str, where: Literal["device", "host"] = "host") -> Rew
     """
     function = find(path)
 
-    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Images:
+    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Images | Score:
         images = np.asarray(images) if where == "host" else images
         return _checked(path, function(images, prompts, metadata), len(prompts))
 
@@ -93,7 +93,9 @@ def _check_signature(function: Callable, path: str) -> None:
         raise ValueError(f"reward {path!r} takes {signature}: write it as {SIGNATURE}") from None
 
 
-def _checked(path: str, scores: Any, batch: int) -> Images:
+def _checked(path: str, scores: Any, batch: int) -> Images | Score:
+    if isinstance(scores, Score):
+        return scores
     try:
         array = scores if isinstance(scores, jax.Array) else np.asarray(scores, np.float32)
     except (TypeError, ValueError):

@@ -8,8 +8,8 @@ The rule alone, over any detector's boxes. Metadata are GenEval's own, an object
 `include` asks for objects; a clause may have `color`, and `position`, [relation, index of an earlier clause].
 `exclude`, where there is one, says how many of a class are too many. `tag` is the kind of prompt.
 
-`shapes.detect` finds the objects of the task `scenes`. A detector of photographs lives in an environment of its own,
-behind a reward server, which is given each prompt's metadata as they are. There, in `detector.py`:
+`tasks.scenes.detector` finds the objects of the task `scenes`. A detector of photographs lives in an environment of its
+own, behind a reward server, which is given each prompt's metadata as they are. There, in `detector.py`:
 
     def score(images, prompts, metadata):
         return geneval.scores([detect(image) for image in images], metadata)  # detect -> list[geneval.Detection]

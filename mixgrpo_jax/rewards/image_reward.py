@@ -1,6 +1,5 @@
 """ImageReward v1.0: how well people would like the picture for its prompt, by BLIP's towers on the device."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any, Unpack
@@ -81,7 +80,7 @@ def image_reward(
     def run(params: blip.Params, images: jax.Array, text: tuple[np.ndarray, np.ndarray]) -> jax.Array:
         return score(params, images, *text, config=config, dtype=dtype)
 
-    return build("image_reward", run, params, functools.partial(tokenize, words), options)
+    return build("image_reward", run, params, lambda prompts, metadata: tokenize(words, prompts), options)
 
 
 def load_tokenizer(folder: str | os.PathLike, config: BLIPConfig) -> transformers.BertTokenizer:

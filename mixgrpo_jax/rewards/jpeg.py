@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.rewards.contract import Images
+from mixgrpo_jax.rewards.contract import Images, Reward
 
 QUALITY = 95
 SCALE = 500  # of compressibility, kilobytes: about a 512-pixel image of noise, so that scores lie between -1 and 0
@@ -44,3 +44,13 @@ def compressibility(images: Images, prompts: list[str], metadata: list[dict]) ->
     """-`kilobytes` / 500, float32 [B]: smooth pictures score high."""
     del prompts, metadata
     return -kilobytes(images) / SCALE
+
+
+def jpeg_compressibility() -> Reward:
+    """The reward `compressibility`."""
+    return Reward("jpeg_compressibility", "host", compressibility)
+
+
+def jpeg_incompressibility() -> Reward:
+    """The reward `incompressibility`."""
+    return Reward("jpeg_incompressibility", "host", incompressibility)

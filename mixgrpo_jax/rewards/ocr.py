@@ -6,7 +6,7 @@ the host by onnxruntime (`read`), or wherever JAX does (`read_on_device`, and `d
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ import onnxruntime
 from PIL import Image
 
 from mixgrpo_jax.models import ppocr
-from mixgrpo_jax.rewards.contract import Images
+from mixgrpo_jax.rewards.contract import Images, Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 
 HEIGHT = 48  # pixels; what the network was trained at
+LENGTH = 128  # characters of the longest target, with one more for each between two that are equal
 
 Read = Callable[[Images], list[str]]  # images uint8 [B, H, W, 3] -> the text in each
 
@@ -73,6 +75,19 @@ def read_on_device(images: Images) -> list[str]:
     net, params = device_network()
     likeliest = np.asarray(_likeliest(net, params, images))
     return [ppocr.greedy_decode(best, net.alphabet) for best in likeliest]
+
+
+def reader(where: Literal["host", "device"]) -> Read:
+    """`read` or `read_on_device`, with its network loaded: a missing package stops a run before its first rollout.
+
+    Raises:
+        ImportError: as `network` does.
+        ValueError: `where` is something else.
+    """
+    if where not in ("host", "device"):
+        raise ValueError(f"where={where!r}: 'host' reads with onnxruntime, 'device' with JAX")
+    network() if where == "host" else device_network()
+    return read if where == "host" else read_on_device
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -159,9 +174,29 @@ def score(images: Images, prompts: list[str], metadata: list[dict], read: Read =
     return np.array([accuracy(text, target) for text, target in texts], np.float32)
 
 
-def dense_score(images: Images, prompts: list[str], metadata: list[dict]) -> jax.Array:
-    """`dense` for the targets in the metadata or the prompts, float32 [B]."""
-    return dense(images, targets(prompts, metadata))
+# Of text that is read on the device, too, the scores are waited for: it is compared on the host.
+def ocr(where: Literal["host", "device"] = "host") -> Reward:
+    """The reward `score`, with text read on the host or on the device, see `reader`."""
+    return Reward("ocr", "host", functools.partial(score, read=reader(where)))
+
+
+def ocr_dense() -> Reward:
+    """The reward `dense`, for the `targets` of the metadata or the prompts; differentiable.
+
+    NaN for a target that does not fit into the picture, which a run refuses. Raises ImportError as `network` does.
+    """
+    net, params = device_network()
+
+    def inputs(prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return ppocr.encode(net.alphabet, targets(prompts, metadata), LENGTH)
+
+    def function(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = _logits(net, params, images)
+        positions = logits.shape[1]
+        likelihood = ppocr.label_log_likelihood(logits, net.alphabet, labels[:, :positions])
+        return jnp.where(ppocr.needed(labels) <= positions, likelihood, jnp.nan)
+
+    return Reward("ocr_dense", "device", OnDevice(function, params, inputs))
 
 
 def accuracy(text: str, target: str) -> float:

@@ -106,22 +106,26 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 def map_rows(
-    score: Callable[[Iterable[tuple]], dict[str, np.ndarray]],
+    score: Callable[[Iterable[tuple]], dict[str, Any]],
     chunks: Sequence[jax.Array | np.ndarray],
     rows: Sequence[np.ndarray],
     *columns: Sequence,
-) -> dict[str, np.ndarray]:
-    """`score` of images that come in chunks, {name: fp32 [B]} on every process, where each scores a part of the rows.
+) -> dict[str, Any]:
+    """`score` of images that come in chunks, for all B rows on every process, where each scores a part of them.
 
     Processes wait for each other once, when all have their scores.
 
     Args:
-        score: `(iterable of (images, *columns)) -> {name: [rows]}`, row by row. An item of several processes is there
-            when its images are.
+        score: `(iterable of (images, *columns)) -> {name: tree}`, row by row: a tree's arrays are [rows, ...], and its
+            structure and their other axes are the same on every process. An item of several processes is there when
+            its images are.
         chunks: images, [b, ...] each. Of an array that is sharded over processes, each takes the rows that it holds;
             one that all hold is dealt out.
         rows: which of the columns' entries each chunk is for, [b] positions each; every entry has one row.
         columns: lists of B entries, the same on every process.
+
+    Returns:
+        The trees, with fp32 arrays [B, ...].
     """
     own = [_own_rows(images) for images in chunks]
     index = np.concatenate([of[positions] for of, positions in zip(rows, own)])
@@ -131,14 +135,20 @@ def map_rows(
     )
     with _own_devices():  # for the programs of rewards: other processes have other rows
         scores = score(items)
-    whole = np.full((len(scores), sum(map(len, rows))), np.nan, np.float32)
-    whole[:, index] = list(scores.values())
+    held = np.zeros(sum(map(len, rows)), bool)
+    held[index] = True
+
+    def spread(own: np.ndarray) -> np.ndarray:
+        whole = np.full((len(held), *np.shape(own)[1:]), np.nan, np.float32)
+        whole[index] = own
+        return whole
+
+    trees = [jax.tree.map(spread, tree) for tree in scores.values()]
     if jax.process_count() > 1:
-        held = np.zeros(whole.shape[1], bool)
-        held[index] = True
-        by_process, held = multihost_utils.process_allgather((whole, held))  # [N, rewards, B], [N, B]
-        whole = by_process[held.argmax(0), :, np.arange(whole.shape[1])].T  # of the first process that has the row
-    return dict(zip(scores, whole))
+        by_process, held = multihost_utils.process_allgather((trees, held))  # [N, B, ...], [N, B]
+        first = held.argmax(0), np.arange(held.shape[1])  # of the first process that has the row
+        trees = jax.tree.map(lambda array: array[first], by_process)
+    return dict(zip(scores, trees))
 
 
 def _own_devices() -> contextlib.AbstractContextManager:

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from mixgrpo_jax.data import prompts
 from mixgrpo_jax.data.prompts import Prompt
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 
 def write(path, text):

@@ -22,7 +22,7 @@ from mixgrpo_jax.models.io.weights import linear
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import make_trainable
-from mixgrpo_jax.tasks.signs import build_tokenizer
+from mixgrpo_jax.tasks.signs.data import build_tokenizer
 from tests.python import run_program
 
 NAME = "MadeUpTransformer2DModel"

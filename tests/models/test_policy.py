@@ -7,7 +7,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.lora import LoraConfig
 from mixgrpo_jax.models.trainable import make_trainable, trainable_shapes
-from mixgrpo_jax.tasks import signs
+from mixgrpo_jax.tasks.signs import data as signs
 
 
 @pytest.fixture(scope="module")

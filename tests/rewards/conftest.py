@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import uvicorn
 
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.serving.app import make_app
 
 

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import aesthetic, score_all
+from mixgrpo_jax.rewards import aesthetic
 from mixgrpo_jax.rewards.aesthetic import Aesthetic
 from mixgrpo_jax.rewards.preprocess import MEAN, STD
+from mixgrpo_jax.rewards.scoring import score_all
 from tests.models.test_clip_model import expected_embeddings, hf_model, make_config
 from tests.rewards.test_preprocess import by_pil, pictures
 
@@ -54,7 +55,7 @@ def test_the_score_is_the_heads_of_the_pictures_embedding(files):
     reward = aesthetic.aesthetic(*files, config=CONFIG, dtype=jnp.float32)
     assert (reward.name, reward.where) == ("aesthetic", "device")
     assert reward.score.params.keys() == {"vision", "weight", "bias"}
-    ours = score_all([reward], images, ["", "a", "b"], [{}] * 3)["aesthetic"]
+    ours = score_all([reward], images, ["", "a", "b"], [{}] * 3)["aesthetic"].value
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="reward 'aesthetic' scores the probe"):
         aesthetic.aesthetic(*files, config=CONFIG, probe=99.0)

@@ -3,7 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.serving.batching import Batcher, ScoreError
 from mixgrpo_jax.rewards.serving.wire import BadRequest, Request
 from tests.rewards.conftest import brightness

@@ -2,12 +2,14 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from mixgrpo_jax.rewards import Reward, brisque, score_all
+from mixgrpo_jax.rewards import brisque
+from mixgrpo_jax.rewards.scoring import score_all
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("brisque") is None, reason="brisque ships the weights")
 
@@ -42,15 +44,21 @@ def test_odd_sizes_are_halved_as_the_package_does(photographs):
 
 
 def test_distortion_costs_and_an_image_scores_the_same_alone(photographs):
-    reward = Reward("brisque", "device", brisque.score)
-    scores = score_all([reward], photographs, [""] * 4, [{}] * 4)["brisque"]
+    reward = brisque.brisque_reward()
+    scores = score_all([reward], photographs, [""] * 4, [{}] * 4)["brisque"].value
+    np.testing.assert_array_equal(scores, -brisque.brisque(photographs))
     assert (scores[1:] < scores[0] - 5).all()
-    np.testing.assert_allclose(brisque.score(photographs[:1], [""], [{}]), scores[:1], atol=1e-2)
+    np.testing.assert_allclose(reward.score(photographs[:1], [""], [{}]), scores[:1], atol=1e-2)
 
 
 @pytest.mark.parametrize("level", [0, 200, 255])
 def test_flat_pictures_have_a_score_and_a_bad_one(level):
     assert brisque.brisque(np.full((1, 64, 64, 3), level, np.uint8))[0] > 100
+
+
+def test_flat_pictures_have_a_gradient_too():
+    flat = jnp.concatenate([jnp.full((1, 32, 32, 3), level) for level in (0.0, 200.0)])
+    assert np.isfinite(jax.grad(lambda x: brisque.brisque(x).sum())(flat)).all()
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])

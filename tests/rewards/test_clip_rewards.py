@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from mixgrpo_jax.models import clip
-from mixgrpo_jax.rewards import clip_text, probe, score_all
+from mixgrpo_jax.rewards import clip_text, probe
 from mixgrpo_jax.rewards.clip import Similarity, clipscore, hps, pickscore
 from mixgrpo_jax.rewards.preprocess import MEAN, STD
+from mixgrpo_jax.rewards.scoring import score_all
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_clip_model import expected_embeddings, hf_model, make_config, open_clip_model
 from tests.python import run_program
@@ -55,7 +56,7 @@ def cosines(model, pixels, tokens):
 
 
 def scores(reward, images=IMAGES, prompts=PROMPTS):
-    return score_all([reward], images, prompts, [{}] * len(prompts))[reward.name]
+    return score_all([reward], images, prompts, [{}] * len(prompts))[reward.name].value
 
 
 def test_hps_is_the_cosine_of_the_picture_resized_as_floats(tmp_path, tokenizer):
@@ -170,7 +171,7 @@ def test_pictures_that_are_sharded_over_a_batch_score_the_same():
 
         mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         images, prompts = t.pictures(64, 64, count=8), [""] * 8
-        score = OnDevice(t.SCORES["pickscore"], t.fresh(), lambda prompts: np.full((len(prompts), 16), 63, np.int32))
+        score = OnDevice(t.SCORES["pickscore"], t.fresh(), lambda prompts, _: np.full((len(prompts), 16), 63, np.int32))
         whole = score(images, prompts, [])
         sharded = score(jax.device_put(images, NamedSharding(mesh, P(("data", "fsdp")))), prompts, [])
         with jax.set_mesh(mesh):
@@ -183,7 +184,7 @@ def test_pictures_that_are_sharded_over_a_batch_score_the_same():
 
         program, shapes = score.lower(8, (64, 64), mesh)
         params = jax.device_put(score.params, jax.tree.map(lambda shape: shape.sharding, shapes))
-        again = program.compile()(params, jax.device_put(images, sharded.sharding), score.tokenize(prompts))
+        again = program.compile()(params, jax.device_put(images, sharded.sharding), score.inputs(prompts, []))
         np.testing.assert_array_equal(again, sharded)
         held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(params))
         assert held < 0.3 * sum(a.nbytes for a in jax.tree.leaves(params)), held

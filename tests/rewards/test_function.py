@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import score_all
 from mixgrpo_jax.rewards.function import function_reward
+from mixgrpo_jax.rewards.scoring import score_all
 
 SOURCE = """
 import numpy as np
@@ -78,7 +78,7 @@ def test_a_function_in_a_module(file, monkeypatch):
     monkeypatch.syspath_prepend(file.parent)
     reward = function_reward("rewards_package.mine:brightness")
     scores = score_all([reward], IMAGES, PROMPTS, METADATA)
-    np.testing.assert_allclose(scores["rewards_package.mine:brightness"], EXPECTED, rtol=1e-6)
+    np.testing.assert_allclose(scores["rewards_package.mine:brightness"].value, EXPECTED, rtol=1e-6)
 
 
 def test_a_function_on_the_device_is_given_what_is_there(file):
@@ -137,3 +137,15 @@ def test_wrong_scores_are_refused_by_name(file, name, message):
 def test_scores_that_are_not_finite_are_refused_where_rewards_meet(file):
     with pytest.raises(ValueError, match=r"undefined' gave nan for sample 0"):
         score_all([function_reward(f"{file}:undefined")], IMAGES, PROMPTS, METADATA)
+
+
+def test_a_function_may_give_a_map(tmp_path):
+    file = tmp_path / "spots.py"
+    file.write_text(
+        "from mixgrpo_jax.rewards.contract import Score\n"
+        "def spots(images, prompts, metadata):\n"
+        "    return Score([1] * len(images), [[1, 2]] * len(images))\n"
+    )
+    reward = function_reward(f"{file}:spots")
+    score = score_all([reward], IMAGES, PROMPTS, METADATA)[reward.name]
+    assert score.map.tolist() == [[1, 2]] * len(IMAGES) and score.value.tolist() == [1] * len(IMAGES)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.data import prompts
-from mixgrpo_jax.rewards import REWARDS, geneval, remote
+from mixgrpo_jax.rewards import geneval, remote
 from mixgrpo_jax.rewards.geneval import MAX_OBJECTS, RELATIONS, TAGS, Detection, judge, relations
+from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rewards.serving import wire
-from mixgrpo_jax.tasks.scenes import KINDS, lay_out, sample_scenes
-from mixgrpo_jax.tasks.shapes import render
+from mixgrpo_jax.tasks.scenes.data import KINDS, lay_out, sample_scenes
+from mixgrpo_jax.tasks.scenes.shapes import render
 
 # One prompt of every kind, as GenEval's own file has them.
 SINGLE = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
@@ -210,7 +211,7 @@ def drawn():
 @pytest.mark.parametrize("name", ["geneval", "geneval_strict"])
 def test_rewards_of_scenes(drawn, name):
     images, scenes = drawn
-    reward = REWARDS[name]()
+    (reward,) = build([name], {})
     assert reward.where == "host" and reward.name == name
     texts, metadata = [scene.prompt for scene in scenes], [scene.metadata for scene in scenes]
     right = reward.score(images, texts, metadata)
@@ -223,6 +224,7 @@ def test_rewards_of_scenes(drawn, name):
 def test_a_server_gives_the_same_scores(drawn, serve):
     images, scenes = drawn
     texts, metadata = [scene.prompt for scene in scenes], [scene.metadata for scene in scenes]
-    url = serve(REWARDS["geneval"]().score)
+    (near,) = build(["geneval"], {})
+    url = serve(near.score)
     far = remote.remote("bright", urls=[url]).score(images[::-1], texts, metadata)
-    np.testing.assert_array_equal(far, REWARDS["geneval"]().score(images[::-1], texts, metadata))
+    np.testing.assert_array_equal(far, near.score(images[::-1], texts, metadata))

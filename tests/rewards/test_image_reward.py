@@ -9,9 +9,10 @@ from PIL import Image
 
 from mixgrpo_jax.models import blip
 from mixgrpo_jax.models.io import weights
-from mixgrpo_jax.rewards import image_reward, score_all
+from mixgrpo_jax.rewards import image_reward
 from mixgrpo_jax.rewards.image_reward import LENGTH
 from mixgrpo_jax.rewards.preprocess import MEAN, STD
+from mixgrpo_jax.rewards.scoring import score_all
 from tests.blip_torch import ImageReward, random_release, torch
 
 CONFIG = blip.blip_tiny()
@@ -132,7 +133,7 @@ def test_safetensors_and_bf16_give_the_same_scores(folder, reward):
 def test_pictures_on_a_mesh_are_scored_where_they_are(reward):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     images = jax.device_put(pictures(), NamedSharding(mesh, PartitionSpec("data")))
-    scores = score_all([reward], images, PROMPTS, [{}] * 3)["image_reward"]
+    scores = score_all([reward], images, PROMPTS, [{}] * 3)["image_reward"].value
     np.testing.assert_allclose(scores, reward.score(pictures(), PROMPTS, [{}] * 3), atol=1e-6)
 
 

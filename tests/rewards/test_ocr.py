@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.models import ppocr
-from mixgrpo_jax.rewards import REWARDS, Reward, build, ocr, score_all
-from mixgrpo_jax.tasks.signs import PALETTE, Sign, photograph, render, sample_signs
+from mixgrpo_jax.rewards import ocr
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.scoring import build, score_all
+from mixgrpo_jax.tasks.signs.data import PALETTE, Sign, photograph, render, sample_signs
 
 BATCH = 50  # pictures to a call, of one shape, which is compiled once
 
@@ -116,9 +118,9 @@ def test_the_device_scores_as_the_host_does_and_pictures_are_read_once(monkeypat
         both = build(["ocr", "strict"], {"ocr": {"where": where}, "strict": {"where": where}})
         scores[where] = score_all(both, images, [""] * BATCH, metadata)
     assert len(decoded) == 2 * BATCH
-    for name, host in scores["host"].items():
+    for name, (host, _) in scores["host"].items():
         assert host.dtype == np.float32 and len(set(host)) > 1
-        np.testing.assert_array_equal(scores["device"][name], host)
+        np.testing.assert_array_equal(scores["device"][name].value, host)
     with pytest.raises(ValueError, match="where='gpu': 'host' reads with onnxruntime"):
         build(["strict"], {"strict": {"where": "gpu"}})
 
@@ -135,7 +137,7 @@ def test_dense_tells_misread_pictures_apart():
     images, metadata = photographs(BATCH)
     noise = np.random.default_rng(0).normal(size=images.shape)
     mixed = [np.uint8(np.clip((1 - s) * images + s * (128 + 128 * noise), 0, 255)) for s in (0.0, 0.3, 0.6, 1.0)]
-    dense = [np.asarray(REWARDS["ocr_dense"]().score(x, [], metadata)) for x in mixed]
+    dense = [np.asarray(ocr.ocr_dense().score(x, [], metadata)) for x in mixed]
     assert (np.diff(np.mean(dense, axis=1)) < -0.1).all()
     assert len(set(dense[-1])) == BATCH and ocr.score(mixed[-1], [], metadata).mean() < 0.1
 
@@ -169,8 +171,8 @@ def test_score_reads_the_target_in_the_prompt():
 
 def test_neither_the_data_nor_opencv_is_imported():
     code = (
-        "import sys, mixgrpo_jax.rewards as r; r.REWARDS['ocr']();"
-        "print([m for m in sys.modules if m.startswith(('cv2', 'rapidocr', 'mixgrpo_jax.data'))])"
+        "import sys; from mixgrpo_jax.rewards.scoring import build; build(['ocr'], {});"
+        "print([m for m in sys.modules if m.startswith(('cv2', 'rapidocr', 'mixgrpo_jax.data', 'mixgrpo_jax.tasks'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -181,9 +183,9 @@ def constant(scores, name="constant"):
 
 def test_score_all_gives_every_reward_in_float32():
     images, metadata = pictures([Sign("58", "black", "white"), Sign("31", "red", "white")])
-    scores = score_all([constant([1, 2]), REWARDS["ocr"]()], images, ["", ""], metadata)
+    scores = score_all([constant([1, 2]), ocr.ocr()], images, ["", ""], metadata)
     assert list(scores) == ["constant", "ocr"]
-    assert all(s.dtype == np.float32 and s.shape == (2,) for s in scores.values())
+    assert all(s.value.dtype == np.float32 and s.value.shape == (2,) and s.map is None for s in scores.values())
 
 
 def test_score_all_names_the_first_score_that_is_not_finite():

@@ -4,8 +4,9 @@ import threading
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import score_all, transport
+from mixgrpo_jax.rewards import transport
 from mixgrpo_jax.rewards.remote import TOKEN, remote
+from mixgrpo_jax.rewards.scoring import score_all
 from tests.rewards.conftest import brightness
 
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nothing listens
@@ -26,8 +27,8 @@ def score(reward, pictures):
 def test_is_a_reward_like_the_others(serve, pictures):
     reward = remote("bright", urls=[serve(), serve()], batch=3)
     scores = score_all([reward], pictures, ["x"] * 40, [{}] * 40)
-    assert list(scores) == ["bright"] and scores["bright"].dtype == np.float32
-    np.testing.assert_array_equal(scores["bright"], brightness(pictures, [], []))
+    assert list(scores) == ["bright"] and scores["bright"].value.dtype == np.float32
+    np.testing.assert_array_equal(scores["bright"].value, brightness(pictures, [], []))
 
 
 def test_prompts_and_metadata_travel_with_their_image(serve, pictures):

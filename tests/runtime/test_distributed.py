@@ -99,6 +99,43 @@ def test_one_process_scores_and_gathers_as_if_there_were_none():
     assert distributed.gather(jax.numpy.arange(3)).tolist() == [0, 1, 2]
 
 
+def test_rows_of_any_shape_are_put_in_their_places():
+    chunks, rows = [np.zeros((2, 1)), np.zeros((1, 1))], [np.array([0, 2]), np.array([1])]
+
+    def score(items):
+        names = [name for _, column in items for name in column]
+        assert names == ["x", "z", "y"]
+        return {"b": (np.arange(3), np.arange(6).reshape(3, 2)), "a": (np.arange(3), None)}
+
+    scores = distributed.map_rows(score, chunks, rows, ["x", "y", "z"])
+    assert list(scores) == ["b", "a"]
+    assert scores["a"][1] is None and scores["a"][0].tolist() == [0, 2, 1]
+    assert scores["b"][1].tolist() == [[0, 1], [4, 5], [2, 3]]
+    assert scores["b"][0].dtype == scores["b"][1].dtype == np.float32
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_process_has_all_rows_of_all_arrays(monkeypatch, processes):
+    images, sent = np.arange(5), []
+
+    def gather(own):
+        sent.append(own)
+        return jax.tree.map(lambda *all_: np.stack(all_), *sent)
+
+    def score(items):
+        own = np.concatenate([images for images, _ in items])
+        return {"value": own, "map": own[:, None] * [1, 10]}
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    for index in range(processes):  # the last one finds what the others sent
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        scores = distributed.map_rows(score, [images], [np.array([4, 3, 2, 1, 0])], list("abcde"))
+        assert np.isnan(scores["value"]).any() == (index < processes - 1)
+    assert scores["value"].tolist() == [4, 3, 2, 1, 0]
+    assert scores["map"].tolist() == [[4, 40], [3, 30], [2, 20], [1, 10], [0, 0]]
+
+
 @pytest.mark.parametrize(("rows", "processes"), [(6, 4), (2, 3), (1, 1)])
 def test_every_row_has_a_process_and_every_process_a_row(monkeypatch, rows, processes):
     images = np.arange(rows)

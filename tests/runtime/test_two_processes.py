@@ -41,9 +41,46 @@ if config.model.lora.rank:
 """
 
 
+SCORING = """
+import jax, numpy as np
+from mixgrpo_jax.rewards.contract import Reward, Score
+from mixgrpo_jax.rewards.scoring import score_chunks
+from mixgrpo_jax.runtime import distributed, mesh as meshes
+
+distributed.initialize()
+mesh = meshes.make_mesh({"data": -1})
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (16, 4, 4, 3)).astype(np.uint8)
+spread = jax.make_array_from_callback(images[:8].shape, meshes.batch_sharding(mesh, 8), lambda at: images[:8][at])
+seen = []
+
+def score(images, prompts, metadata):
+    seen.extend(prompts)
+    x = np.asarray(images, np.float32)
+    return Score(x.mean((1, 2, 3)), x.mean((2, 3)))
+
+rewards = [Reward("spots", "host", score), Reward("plain", "device", lambda images, *_: images[:, 0, 0, 0])]
+rows = np.arange(8), np.arange(15, 7, -1)
+texts, nothing = [str(i) for i in range(16)], [{}] * 16
+held = distributed.map_rows(lambda items: score_chunks(rewards, items), [spread, images[8:]], rows, texts, nothing)
+images = np.concatenate([images[:8], images[:7:-1]]).astype(np.float32)
+np.testing.assert_array_equal(held["spots"].value, images.mean((1, 2, 3)))
+np.testing.assert_array_equal(held["spots"].map, images.mean((2, 3)))
+np.testing.assert_array_equal(held["plain"].value, images[:, 0, 0, 0])
+assert list(held) == ["spots", "plain"] and held["plain"].map is None
+print(len(seen), "scored here")
+"""
+
+
 def run(workdir, folder, processes, rank=0, off_policy=False):
     """Train in `workdir` by so many processes of eight devices together; returns its metrics but what a clock says."""
-    command = [sys.executable, "-c", PROGRAM, str(workdir), str(folder), str(rank), str(int(off_policy))]
+    said = start(PROGRAM, workdir, processes, str(workdir), str(folder), str(rank), str(int(off_policy)))
+    return lines(workdir), said
+
+
+def start(program, workdir, processes, *arguments):
+    """What each of so many processes of eight devices together says of a program; their logs are beside `workdir`."""
+    command = [sys.executable, "-c", program, *arguments]
     started = []
     try:
         for index, told in enumerate(distributed.on_loopback(processes)):
@@ -55,7 +92,7 @@ def run(workdir, folder, processes, rank=0, off_policy=False):
     finally:
         for process, _ in started:
             process.send_signal(signal.SIGKILL)  # JAX takes SIGTERM for a notice of preemption
-    return lines(workdir), [pathlib.Path(log).read_text() for _, log in started]
+    return [pathlib.Path(log).read_text() for _, log in started]
 
 
 def lines(workdir):
@@ -89,6 +126,12 @@ def test_two_processes_train_as_one(straight):
     assert "before_after.png" in {path.name for path in workdirs[2].iterdir()}
     assert "held-out" in said[2][0] and "samples an iteration" in said[2][0]
     assert "held-out" not in said[2][1] and "samples an iteration" not in said[2][1]  # the second says nothing
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_process_scores_its_rows_and_all_have_values_and_maps(tmp_path, processes):
+    said = start(SCORING, tmp_path / "scores", processes)
+    assert [text.splitlines()[-1] for text in said] == [f"{16 // processes} scored here"] * processes
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])

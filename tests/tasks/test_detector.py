@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.rewards import geneval
-from mixgrpo_jax.tasks.detector import detect
-from mixgrpo_jax.tasks.scenes import lay_out, sample_scenes
-from mixgrpo_jax.tasks.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape, render
+from mixgrpo_jax.tasks.scenes.data import lay_out, sample_scenes
+from mixgrpo_jax.tasks.scenes.detector import detect
+from mixgrpo_jax.tasks.scenes.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape, render
 
 
 def boxes(laid):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.rewards import geneval
-from mixgrpo_jax.tasks import rendered, scenes, shapes
-from mixgrpo_jax.tasks.detector import detect
-from mixgrpo_jax.tasks.scenes import KINDS, Scene
-from mixgrpo_jax.tasks.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape
+from mixgrpo_jax.tasks import rendered
+from mixgrpo_jax.tasks.scenes import data as scenes
+from mixgrpo_jax.tasks.scenes import shapes
+from mixgrpo_jax.tasks.scenes.data import KINDS, Scene
+from mixgrpo_jax.tasks.scenes.detector import detect
+from mixgrpo_jax.tasks.scenes.shapes import GROUND, PALETTE, SHAPES, SIZE, Shape
 
 SMALL = rendered.Sizes(name="small", train=48, test=8)
 

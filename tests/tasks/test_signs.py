@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mixgrpo_jax.tasks import rendered, signs
-from mixgrpo_jax.tasks.signs import DARK, LIGHT, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, SignsConfig
+from mixgrpo_jax.tasks import rendered
+from mixgrpo_jax.tasks.signs import data as signs
+from mixgrpo_jax.tasks.signs.data import DARK, LIGHT, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, SignsConfig
 
 
 @pytest.fixture(scope="module")

@@ -57,11 +57,13 @@ def log_likelihood(logits: jax.Array, alphabet: tuple[str, ...], texts: Sequence
         ValueError: a text that is empty, has a character that the network does not know, or needs more than T positions
             (one a character, and one between two that are equal); the message names it.
     """
-    return _log_likelihood(logits, alphabet, _encode(alphabet, texts, logits.shape[1]))
+    return label_log_likelihood(logits, alphabet, encode(alphabet, texts, logits.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _log_likelihood(logits: jax.Array, alphabet: tuple[str, ...], labels: np.ndarray) -> jax.Array:
+def label_log_likelihood(logits: jax.Array, alphabet: tuple[str, ...], labels: jax.typing.ArrayLike) -> jax.Array:
+    """`log_likelihood` of texts that `encode` made labels [B, N] of; what they need is not checked, see `needed`."""
+    labels = jnp.asarray(labels)
     is_padding, nothing = (labels == 0).astype(jnp.float32), jnp.zeros(logits.shape[:2])
     with jax.default_matmul_precision("float32"):
         loss = optax.ctc_loss(_merge(logits, alphabet), nothing, labels, is_padding, log_epsilon=LOG_ZERO)
@@ -93,16 +95,25 @@ def _groups(alphabet: tuple[str, ...]) -> np.ndarray:
     return np.array([members + [len(alphabet)] * (most - len(members)) for members in groups], int).reshape(-1, most)
 
 
-def _encode(alphabet: tuple[str, ...], texts: Sequence[str], length: int) -> np.ndarray:
+def encode(alphabet: tuple[str, ...], texts: Sequence[str], length: int) -> np.ndarray:
     """The first class that reads each character of the texts, int32 [B, length], padded with the blank's 0.
 
     All `length` positions are kept, whatever the texts' lengths, so that other texts need no other program.
+
+    Raises ValueError as `log_likelihood` does, for `length` positions.
     """
     classes, labels = _classes(alphabet), np.zeros((len(texts), length), np.int32)
     for row, text in zip(labels, map(plain, texts)):
         _check(text, classes, length)
         row[: len(text)] = [classes[character][0] for character in text]
     return labels
+
+
+def needed(labels: jax.typing.ArrayLike) -> jax.Array:
+    """How many positions the labels [B, N] of a text need: one a character, and one between two that are equal; [B]."""
+    labels = jnp.asarray(labels)
+    repeated = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] > 0)
+    return jnp.sum(labels > 0, -1) + jnp.sum(repeated, -1)
 
 
 def _check(text: str, classes: Collection[str], length: int) -> None:

@@ -6,7 +6,7 @@ import hmac
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from mixgrpo_jax.rewards import Reward
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.serving import wire
 from mixgrpo_jax.rewards.serving.batching import Batcher, ScoreError
 

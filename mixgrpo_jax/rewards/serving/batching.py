@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.contract import Reward, as_score
 from mixgrpo_jax.rewards.serving.wire import BadRequest, Request
 
 PREFIX = "mixgrpo_jax_reward_"
@@ -166,7 +166,7 @@ class Batcher:
             index = np.minimum(np.arange(padded), count - 1)
         try:
             scores = reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index])
-            scores = np.asarray(scores, np.float32)
+            scores = np.asarray(as_score(scores).value, np.float32)
         except Exception as error:
             raise ScoreError("reward_failed", name, f"reward {name!r} failed: {error!r}") from error
         if scores.shape != index.shape:

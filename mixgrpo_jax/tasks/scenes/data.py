@@ -19,10 +19,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerFast
 
-from mixgrpo_jax.tasks import rendered, shapes
+from mixgrpo_jax.tasks import rendered
 from mixgrpo_jax.tasks.rendered import batches as batches
 from mixgrpo_jax.tasks.rendered import collate as collate
-from mixgrpo_jax.tasks.shapes import PALETTE, SHAPES, SIZE, Shape
+from mixgrpo_jax.tasks.scenes import shapes
+from mixgrpo_jax.tasks.scenes.shapes import PALETTE, SHAPES, SIZE, Shape
 
 NOISE = 150.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # tokens of the longest prompt, "a photo of a red circle left of a blue square </s>"

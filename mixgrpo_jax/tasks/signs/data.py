@@ -5,37 +5,23 @@ prompt asks for can be checked exactly, so a model trained here can be scored by
 at the colours. The test split holds numbers and colour pairs that training never shows.
 """
 
-import functools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import grain
-import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 from mixgrpo_jax.tasks import rendered
 from mixgrpo_jax.tasks.rendered import batches as batches
 from mixgrpo_jax.tasks.rendered import collate as collate
+from mixgrpo_jax.tasks.signs.rendering import DARK, HEIGHT, LIGHT, PALETTE, WIDTH, Sign, render
 
-HEIGHT, WIDTH = 16, 48
 NOISE = 130.0  # a photograph's noise is of any standard deviation up to this one, in levels of 255
 PROMPT_LENGTH = 12  # the longest prompt: "a blue sign that says 4 2 7 0 in white </s>"
 
-DARK = {
-    "red": (200, 20, 30),
-    "green": (0, 130, 60),
-    "blue": (20, 50, 210),
-    "purple": (125, 10, 150),
-    "black": (15, 15, 15),
-}
-LIGHT = {"white": (250, 250, 250), "yellow": (250, 220, 20), "cyan": (40, 220, 240), "pink": (255, 130, 190)}
-PALETTE: dict[str, tuple[int, int, int]] = DARK | LIGHT
 _PALETTE_RGB = np.array(list(PALETTE.values()), np.uint8)
 
 # (plate, digits). Their mirror images stay in training, and with them every colour in either role.
@@ -54,29 +40,6 @@ TRAIN_PAIRS = tuple(
 )
 LENGTH_WEIGHTS = (0.05, 0.15, 0.4, 0.4)  # of one to four digits, where a split has numbers of that length
 
-_FONT_SIZE, _PITCH, _OVERSAMPLING = 16, 12, 4  # pixels, pixels, and the factor that antialiases the glyphs
-
-
-@dataclass(frozen=True)
-class Sign:
-    """What a picture shows: a number of one to four digits, and the names of its plate's and digits' colours."""
-
-    number: str
-    plate: str
-    digits: str
-
-    @property
-    def prompt(self) -> str:
-        """The sentence that asks for this sign."""
-        return f"a {self.plate} sign that says {self.number} in {self.digits}"
-
-
-def render(sign: Sign) -> np.ndarray:
-    """Picture of a sign, uint8 [16, 48, 3]: digits in cells of equal pitch, centred, antialiased."""
-    coverage = _coverage(sign.number)[..., None]
-    plate, digits = (np.asarray(PALETTE[name], np.float32) for name in (sign.plate, sign.digits))
-    return np.rint(plate + coverage * (digits - plate)).astype(np.uint8)
-
 
 def photograph(sign: Sign, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A sign as a data set would have it, by whatever light there was, with more or less noise.
@@ -85,24 +48,6 @@ def photograph(sign: Sign, rng: np.random.Generator) -> dict[str, np.ndarray]:
     that learns from rewards can be.
     """
     return rendered.photograph(render(sign), NOISE, rng)
-
-
-def _coverage(number: str) -> np.ndarray:
-    """Share of each pixel that the digits cover, float32 [16, 48] in [0, 1]."""
-    mask = Image.new("L", (WIDTH * _OVERSAMPLING, HEIGHT * _OVERSAMPLING))
-    draw, font = ImageDraw.Draw(mask), _font()
-    top = font.getbbox("0", anchor="ls")[1]
-    baseline = (mask.height - top) / 2
-    for i, digit in enumerate(number):
-        centre = mask.width / 2 + (i - (len(number) - 1) / 2) * _PITCH * _OVERSAMPLING
-        draw.text((centre, baseline), digit, fill=255, font=font, anchor="ms")
-    return np.asarray(mask.resize((WIDTH, HEIGHT), Image.Resampling.BOX), np.float32) / 255
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
-    return ImageFont.truetype(path, _FONT_SIZE * _OVERSAMPLING)
 
 
 def is_test_number(number: str) -> bool:

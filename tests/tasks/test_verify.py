@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards import REWARDS, colour
-from mixgrpo_jax.tasks.signs import DARK, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, render
+from mixgrpo_jax.rewards.scoring import build
+from mixgrpo_jax.tasks.signs import verify
+from mixgrpo_jax.tasks.signs.data import DARK, PALETTE, TEST_PAIRS, TRAIN_PAIRS, Sign, render
 
 PAIRS = TRAIN_PAIRS + TEST_PAIRS
 SIGNS = [Sign(number, *pair) for pair in PAIRS for number in ("1", "7", "40", "258", "8888")]
@@ -17,7 +18,7 @@ PLATES, DIGITS = rgb(sign.plate for sign in SIGNS), rgb(sign.digits for sign in 
 
 
 def colour_score(images, plates=PLATES, digits=DIGITS):
-    return np.asarray(colour.colour_score(images, plates, digits))
+    return np.asarray(verify.colour_score(images, plates, digits))
 
 
 def noisy(images, std):
@@ -66,7 +67,7 @@ def test_score_of_a_picture_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("std", [0, 15])
 def test_nearest_colours_are_those_shown(std):
     palette = np.broadcast_to(rgb(PALETTE), (len(SIGNS), len(PALETTE), 3))
-    plates, digits = colour.nearest_colours(noisy(IMAGES, std), palette)
+    plates, digits = verify.nearest_colours(noisy(IMAGES, std), palette)
     names = list(PALETTE)
     assert [names[i] for i in plates] == [sign.plate for sign in SIGNS]
     assert [names[i] for i in digits] == [sign.digits for sign in SIGNS]
@@ -78,7 +79,7 @@ def metadata(sign):
 
 
 def test_reward_takes_the_colours_from_the_metadata():
-    reward = REWARDS["colour"]()
+    (reward,) = build(["colour"], {})
     assert reward.where == "device"
     scores = reward.score(IMAGES[:4], [sign.prompt for sign in SIGNS[:4]], [metadata(sign) for sign in SIGNS[:4]])
     np.testing.assert_array_equal(scores, colour_score(IMAGES[:4], PLATES[:4], DIGITS[:4]))
@@ -88,5 +89,6 @@ def test_strict_wants_the_number_and_both_colours():
     shown = Sign("4258", "blue", "white")
     asked = [shown, Sign("4259", "blue", "white"), Sign("4258", "red", "white"), Sign("4258", "blue", "pink")]
     images = np.stack([render(shown)] * len(asked))
-    scores = REWARDS["strict"]().score(images, [sign.prompt for sign in asked], [metadata(sign) for sign in asked])
+    (reward,) = build(["strict"], {})
+    scores = reward.score(images, [sign.prompt for sign in asked], [metadata(sign) for sign in asked])
     assert scores.tolist() == [1.0, 0.0, 0.0, 0.0] and scores.dtype == np.float32

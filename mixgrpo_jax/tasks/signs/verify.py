@@ -1,11 +1,19 @@
-"""Are the plate and the digits of the colours that were asked for? Pure functions of the pixels, on the device.
+"""Does a sign show what was asked for: its colours (`colour`), and everything at once (`strict`)?
 
-The plate is known by the picture's outermost ring of pixels, where no digit reaches.
+Colours are judged by pure functions of the pixels, on the device; the number is read by `rewards.ocr`. The plate is
+known by the picture's outermost ring of pixels, where no digit reaches.
 """
+
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mixgrpo_jax.rewards import ocr
+from mixgrpo_jax.rewards.contract import Images, Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 
 TOLERANCE = 0.25  # distance in the RGB unit cube at which a pixel counts 1/e
 DIGIT_SHARE = 0.02  # share of pixels that even the thinnest number, "1", covers
@@ -28,7 +36,7 @@ def colour_score(
     because a short number covers few pixels, and its colour should count as much as a long one's.
 
     Args:
-        images: uint8 [B, H, W, 3].
+        images: [B, H, W, 3], uint8 or float from 0 to 255, in which it is differentiable.
         plate_rgb: [B, 3], 0 to 255.
         digits_rgb: [B, 3], 0 to 255.
     """
@@ -65,13 +73,36 @@ def nearest_colours(images: jax.typing.ArrayLike, palette: jax.typing.ArrayLike)
     return nearest[0], nearest[1]
 
 
-def score(images: jax.Array | np.ndarray, prompts: list[str], metadata: list[dict]) -> jax.Array:
-    """`colour_score` for the colours in `metadata["plate_rgb"]` and `metadata["digits_rgb"]`, float32 [B]."""
+def colour() -> Reward:
+    """The reward `colour_score`, for the colours in `metadata["plate_rgb"]` and `metadata["digits_rgb"]`."""
+
+    def inputs(prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        del prompts
+        return _column(metadata, "plate_rgb"), _column(metadata, "digits_rgb")
+
+    def function(params: Any, images: jax.Array, colours: tuple[jax.Array, jax.Array]) -> jax.Array:
+        del params
+        return colour_score(images, *colours)
+
+    return Reward("colour", "device", OnDevice(function, {}, inputs))
+
+
+def strict(where: Literal["host", "device"] = "host") -> Reward:
+    """The reward `strict_score`, with the number read on the host or on the device, see `ocr.reader`."""
+    return Reward("strict", "host", functools.partial(strict_score, read=ocr.reader(where)))
+
+
+def strict_score(images: Images, prompts: list[str], metadata: list[dict], read: ocr.Read = ocr.read) -> np.ndarray:
+    """1 where the number is read exactly and both colours are the ones asked for, else 0; float32 [B].
+
+    Too sparse to learn from, and therefore the fair measure on held-out prompts.
+    """
     del prompts
-    return colour_score(images, _column(metadata, "plate_rgb"), _column(metadata, "digits_rgb"))
+    read_right = [text == m["number"] for text, m in zip(read(images), metadata, strict=True)]
+    return (named_right(images, metadata) & np.array(read_right)).astype(np.float32)
 
 
-def named_right(images: jax.Array | np.ndarray, metadata: list[dict]) -> np.ndarray:
+def named_right(images: Images, metadata: list[dict]) -> np.ndarray:
     """Whether plate and digits are, of the colours in `metadata["palette"]`, nearest to those asked for; bool [B]."""
     palette = _column(metadata, "palette")
     found = np.stack(nearest_colours(images, palette), -1)  # [B, 2]

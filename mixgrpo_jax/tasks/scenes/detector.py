@@ -1,13 +1,16 @@
-"""A detector of the shapes in the pictures of the task `scenes`, by segmentation: exact on clean ones."""
+"""A detector of the shapes in the pictures of the task `scenes`, by segmentation: exact on clean ones.
+
+GenEval's rewards of this task, by that detector, are here too.
+"""
 
 import functools
 
 import numpy as np
 import scipy.ndimage
 
-from mixgrpo_jax.rewards.contract import Images
-from mixgrpo_jax.rewards.geneval import Detection
-from mixgrpo_jax.tasks.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
+from mixgrpo_jax.rewards.contract import Images, Reward
+from mixgrpo_jax.rewards.geneval import Detection, scores
+from mixgrpo_jax.tasks.scenes.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
 
 CONTRAST = 0.4  # distance from the ground, in the RGB unit cube, from which a pixel belongs to an object
 SPECK = 8  # pixels; what is smaller is no object
@@ -19,6 +22,21 @@ _GROUND = np.array(GROUND, np.float32) / 255
 _AXES = _GROUND - np.array(list(PALETTE.values()), np.float32) / 255  # from each colour to the ground
 _CONNECTED = np.zeros((3, 3, 3), int)  # within a picture, diagonally too; never from one picture to another
 _CONNECTED[1] = 1
+
+
+def geneval(strict: bool = False) -> Reward:
+    """The reward `geneval.scores` of the shapes that are detected: graded, or `strict`."""
+
+    def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        del prompts
+        return scores(detect(images), metadata, strict)
+
+    return Reward("geneval_strict" if strict else "geneval", "host", score)
+
+
+def geneval_strict() -> Reward:
+    """The reward `geneval` with `strict`."""
+    return geneval(strict=True)
 
 
 def detect(images: Images) -> list[list[Detection]]:
