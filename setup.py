@@ -1,6 +1,13 @@
 """Packaging of mixgrpo_jax. Tools are configured in pyproject.toml."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+# The version is the package's own, read from the file: importing it is not possible before it is installed.
+SOURCE = (pathlib.Path(__file__).parent / "mixgrpo_jax" / "__init__.py").read_text()
+VERSION = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[0]
 
 # flax and jax move together: flax <= 0.12.8 does not import with jax >= 0.11.1, and jax >= 0.11 needs Python >= 3.12.
 JAX = [
@@ -12,11 +19,11 @@ JAX = [
 
 setup(
     name="mixgrpo_jax",
-    version="0.1.0",
+    version=VERSION,
     description="MixGRPO for flow-matching transformers, in JAX and Flax",
     license="Apache-2.0",
     packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
-    package_data={"mixgrpo_jax": ["assets/**/*"]},
+    package_data={"mixgrpo_jax": ["py.typed", "assets/**/*"]},
     python_requires=">=3.11",
     install_requires=[
         *JAX,

@@ -17,7 +17,10 @@ from absl import app, flags
 from mixgrpo_jax.runtime import distributed, metrics
 from mixgrpo_jax.runtime.mesh import virtual_devices
 
-METRICS = ("reward/{}/mean", "advantage/abs_mean", "loss/total", "grad_norm", "ratio/max_deviation", "held_out/{}/mean")
+METRICS = (
+    *("reward/{}/mean", "advantage/abs_mean", "loss/total", "grad_norm"),
+    *("ratio/max_deviation", "velocity/rollout_deviation", "held_out/{}/mean"),
+)
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "The recipe.")

@@ -4,8 +4,8 @@
 
 Runs are interleaved (all recipes of a seed before the next seed) and resumed if interrupted. Seconds are of rollout,
 decoding, rewards and update: a recipe's median iteration over all of its runs, times the iterations, since machines
-have other things to do; they are compared within a run of this program only. A gradient counts as three evaluations.
-Windows move as fast as the task's own run is longer.
+have other things to do; they are compared within a run of this program only. Evaluations are forward passes, of which
+a gradient takes two more. Windows move as fast as the task's own run is longer.
 """
 
 import pathlib
@@ -19,9 +19,10 @@ from matplotlib import pyplot as plt
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import train
+from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.runtime import metrics
 
-RECIPES = ("dancegrpo", "flow_grpo", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star")
+RECIPES = ("dancegrpo", "flow_grpo", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "nft")
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
@@ -33,9 +34,10 @@ _EVERY = flags.DEFINE_integer("every", 8, "Iterations between held-out scores.")
 def run(recipe: str, seed: int, workdir: pathlib.Path) -> list[dict]:
     """The metrics of one run, which is done unless it is there."""
     config = configs.load(recipe, CONFIGS)
-    config.seed = config.plan.seed = seed
-    stays = config.plan.iterations_per_window * _ITERATIONS.value / config.iterations
-    config.plan.iterations_per_window = max(1, round(stays))
+    config.seed = seed
+    if config.plan.name == "window":
+        stays = config.plan.iterations_per_window * _ITERATIONS.value / config.iterations
+        config.plan.iterations_per_window = max(1, round(stays))
     config.iterations, config.evaluation.every = _ITERATIONS.value, _EVERY.value
     if len(metrics.read(workdir / "metrics.jsonl")) <= config.iterations:
         train.train(config, workdir)
@@ -46,7 +48,8 @@ def points(lines: list[dict], seconds: float) -> list[dict[str, float]]:
     """The held-out scores of a run, each with what had been spent by then, at `seconds` an iteration."""
     spent, result = {"evaluations": 0.0}, []
     for line in lines:
-        spent["evaluations"] += line.get("nfe/rollout", 0) + 3 * line.get("nfe/update", 0)
+        cost = Cost(*(line.get(f"nfe/{phase}", 0) for phase in Cost._fields))
+        spent["evaluations"] += sum(cost.work(adapters=False).values())
         spent |= {"iteration": line["iteration"], "seconds": seconds * line["iteration"]}
         if "held_out/strict/mean" in line:
             result.append(spent | {name: line[f"held_out/{name}/mean"] for name in ("strict", "ocr", "colour")})

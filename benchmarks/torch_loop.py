@@ -23,12 +23,13 @@ from absl import app, flags
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.programs import make_programs
-from mixgrpo_jax.flow import plans
+from mixgrpo_jax.flow.schedules import shifted_sigmas
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.models.nn.patches import image_ids
 from mixgrpo_jax.models.trainable import make_trainable
+from mixgrpo_jax.rl.update import Batch
 from mixgrpo_jax.runtime import mesh as meshes
 
 _REPETITIONS = flags.DEFINE_integer("repetitions", 3, "Iterations measured of each, after one that is not.")
@@ -51,7 +52,7 @@ def make_config() -> Any:
     config.model.image_size, config.model.text_length = (128, 64), 64
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 4, 2
     config.plan.num_steps, config.plan.length = 10, 3
-    config.optimizer.ema_decay, config.evaluation.ema = 0.0, False
+    config.averages.ema.decay, config.evaluation.average = 0.0, ""
     return config
 
 
@@ -73,25 +74,27 @@ class Ours:
     def __init__(self, settings: configs.Settings, params: Any, cond: dict[str, np.ndarray]):
         mesh = meshes.make_mesh(settings.config.mesh, jax.devices()[:1])
         parts = Parts(FAMILY, {"transformer": MODEL})
-        trainable = make_trainable(parts, jax.tree.map(jnp.asarray, params), settings.lora, jax.random.key(0), False)
+        trainable = make_trainable(
+            parts, jax.tree.map(jnp.asarray, params), settings.model.lora, jax.random.key(0), False
+        )
         self.programs = make_programs(settings, parts, trainable, mesh)
         self.state = self.programs.init(trainable.params)
-        self.plan = plans.make_plan(settings.plan, plans.initial_state(settings.plan)._replace(start=_START.value))
+        self.plan = settings.planner.plan(settings.planner.initial()._replace(start=_START.value), len(cond["text"]))
         self.cond = cond
         self.evaluations = 0
 
     def rollout(self) -> None:
         """Draws the samples."""
         key = jax.random.key(0)
-        self.rows = jax.block_until_ready(
+        self.drawn = jax.block_until_ready(
             self.programs.rollout(self.state.params, {"base": None}, self.plan, self.cond, key)
         )
-        self.evaluations = int(self.rows.evaluations)
+        self.evaluations = int(self.drawn.executed)
 
     def update(self, advantage: np.ndarray) -> None:
         """Takes the optimiser steps."""
-        arguments = (self.rows.rows, advantage, self.cond, self.plan.train)
-        self.state, metrics = jax.block_until_ready(self.programs.update(self.state, None, *arguments))
+        batch = Batch(None, self.drawn.rows, advantage[None, :, None], np.ones_like(advantage), self.cond, {})
+        self.state, metrics = jax.block_until_ready(self.programs.update(self.state, None, batch, self.plan))
         assert metrics["ratio/max_deviation"][0].max() < 1e-4
 
 
@@ -108,8 +111,9 @@ class Torch:
             eps=options.eps,
             weight_decay=options.weight_decay,
         )
-        self.plan = plans.make_plan(settings.plan, plans.initial_state(settings.plan)._replace(start=_START.value))
-        self.window = range(_START.value, _START.value + settings.plan.window_length)
+        planner = settings.planner
+        self.sigmas = shifted_sigmas(planner.num_steps, planner.shift)
+        self.window = range(_START.value, _START.value + planner.window_length)
         self.sampler, self.objective, self.batch = settings.sampler, settings.objective, batch
         self.updates, self.count, group = settings.config.batch.updates, settings.samples, settings.config.batch.group
         self.cond = {name: torch.tensor(a).repeat_interleave(group, 0) for name, a in cond.items()}
@@ -133,9 +137,9 @@ class Torch:
 
     def transition(self, x: torch.Tensor, step: int, index: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Mean and standard deviation of a stochastic step: Flow-GRPO's kernel."""
-        sigma, sigma_next = map(float, self.plan.sigmas[step : step + 2])
+        sigma, sigma_next = map(float, self.sigmas[step : step + 2])
         dt = sigma_next - sigma
-        below = 1 - (sigma if sigma < 1 else float(self.plan.sigmas[1]))
+        below = 1 - (sigma if sigma < 1 else float(self.sigmas[1]))
         g2 = self.sampler.eta**2 * sigma / below
         v = self.velocity(x, sigma, index)
         mean = x * (1 + g2 / (2 * sigma) * dt) + v * (1 + g2 * (1 - sigma) / (2 * sigma)) * dt
@@ -148,14 +152,14 @@ class Torch:
         noise = torch.randn(2, 256, MODEL.in_channels, generator=generator).repeat_interleave(4, 0)
         for index in torch.arange(self.count).split(self.batch):
             x, rows = noise[index], []
-            for step in range(len(self.plan.sigmas) - 1):
+            for step in range(len(self.sigmas) - 1):
                 if step in self.window:
                     mean, std = self.transition(x, step, index)
                     x_next = mean + std * torch.randn(x.shape, generator=generator)
                     rows.append((x, x_next, self.log_prob(mean, std, x_next)))
                     x = x_next
                 else:
-                    sigma, sigma_next = map(float, self.plan.sigmas[step : step + 2])
+                    sigma, sigma_next = map(float, self.sigmas[step : step + 2])
                     x = x + (sigma_next - sigma) * self.velocity(x, sigma, index)
             drawn.append((index, rows))
         self.drawn = drawn

@@ -21,5 +21,5 @@ def get_config(on="signs"):
     config.advantage.std_scope = "batch"
     config.advantage.ddof = 0
     config.advantage.epsilon = 1e-4
-    config.objective.kl_reference = 0.004
+    config.terms.kl_base = 0.004
     return config

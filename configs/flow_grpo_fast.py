@@ -14,5 +14,5 @@ def get_config(on="signs"):
     config.plan.bound = config.plan.num_steps // 2
     config.plan.train_fraction = 1.0
     config.batch.shared_noise = True
-    config.objective.kl_reference = 0.0
+    config.terms.kl_base = 0.0
     return config

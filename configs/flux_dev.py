@@ -36,8 +36,6 @@ def get_config():
     config.mesh.fsdp, config.mesh.data = -1, 1
     config.evaluation.prompts, config.evaluation.batch = 64, 32
     config.evaluation.num_steps, config.evaluation.shift = 50, 0.0
-    config.evaluation.ema = False  # the paper keeps none
-    config.optimizer.ema_decay = 0.0
+    config.averages.ema.decay, config.evaluation.average = 0.0, ""  # the paper keeps none
     config.checkpoint.every = 50
-    config.ratio_tolerance = 1e-3
     return config

@@ -19,7 +19,7 @@ def get_config():
     config.objective.clip_low = config.objective.clip_high = 1e-3
     config.optimizer.learning_rate = 5e-5
     config.optimizer.final_rate = 0.1
-    config.optimizer.ema_decay = 0.97
+    config.averages.ema.decay = 0.97
     config.evaluation.num_steps = 10  # training's own: rewards shape the policy for its sampler
     config.pretrain.steps = 2400
     return config

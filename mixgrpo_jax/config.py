@@ -1,137 +1,402 @@
 """Every setting there is, its default and its check.
 
-A recipe in configs/ starts from `base()` or from another recipe (`load`) and changes fields. Configs are locked: a
-field that is not here is refused. `resolve` turns a config into the typed settings that the program runs on, or raises
-`ConfigError` before anything is compiled.
+A recipe in configs/ starts from `base()` or from another recipe (`load`) and changes fields; a method is put in by
+`choose`. Configs are locked: a field that is not here is refused. `resolve` turns a config into the typed settings that
+the program runs on, or raises `ConfigError` before anything is compiled.
+
+Each section is a frozen dataclass, here or beside what it sets, and its docstring says what the fields mean. No model,
+reward or task is imported before it is named.
 """
 
 import dataclasses
-import functools
+import difflib
+import math
+import operator
 import pathlib
+import pkgutil
 import runpy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import ml_collections
 
-from mixgrpo_jax.flow.plans import PlanConfig
-from mixgrpo_jax.flow.rollout import Sampler
+from mixgrpo_jax.flow.plans import PLANS, Planner
+from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.flow.solvers import SOLVERS
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS
 from mixgrpo_jax.models.nn.remat import REMAT
 from mixgrpo_jax.rewards import REWARDS
-from mixgrpo_jax.rl.advantages import AdvantageConfig
-from mixgrpo_jax.rl.objectives import GRPOConfig
+from mixgrpo_jax.rl import terms
+from mixgrpo_jax.rl.credit import Credit
+from mixgrpo_jax.rl.objectives import OBJECTIVES
+from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.rl.select import SELECTIONS, Selection
+from mixgrpo_jax.rl.update import Average
 from mixgrpo_jax.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16")
+TABLES = {"plan": PLANS, "objective": OBJECTIVES, "select": SELECTIONS}  # sections of which there are several
+
+# Where fields are that were elsewhere.
+RENAMED = {
+    "plan.seed": "seed",
+    "optimizer.ema_decay": "averages.ema.decay",
+    "evaluation.ema": "evaluation.average ('ema', or '' for the raw parameters)",
+    "objective.kl_reference": "terms.kl_base",
+    "objective.kl_rollout": "terms.kl_rollout",
+}
 
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field, the value and the remedy."""
 
 
-def base() -> ml_collections.ConfigDict:
+def _require(valid: bool, name: str, value: Any, remedy: str) -> None:
+    if not valid:
+        raise ConfigError(f"{name}={value!r}: {remedy}")
+
+
+def _choice(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(sorted(known))}")
+
+
+def _number(default: Any, **bounds: float) -> Any:
+    """A field with bounds: `above`, `at_least`, `below` or `at_most`."""
+    return field(default=default, metadata=bounds)
+
+
+def _check_numbers(settings: Any, path: str) -> None:
+    """Raise ConfigError for the first of a section's numbers, or of a tuple's, that is out of bounds."""
+    holds = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+    for each in dataclasses.fields(settings):
+        value, bounds = getattr(settings, each.name), {key: each.metadata[key] for key in holds if key in each.metadata}
+        values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        if not all(holds[key](v, bound) for key, bound in bounds.items() for v in values):
+            words = " and ".join(f"{key.replace('_', ' ')} {bound:g}" for key, bound in bounds.items())
+            words = "positive" if words in ("above 0", "at least 1") else words
+            raise ConfigError(f"{path}.{each.name}={value!r}: it must be {words}")
+
+
+def _check_finite(section: Mapping[str, Any], path: str = "") -> None:
+    """Raise ConfigError for the first number, anywhere in a config, that is NaN or infinite."""
+    for name, value in section.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            _check_finite(value, f"{path}{name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{path}{name}", value, "it must be finite")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy that is trained.
+
+    folder: in diffusers' layout; "shipped:NAME" is in the package, and so is "", of signs.
+    transformer: another place for the transformer alone: a folder, or the original file.
+    image_size: rows, columns.
+    text_length: T5 tokens of a prompt, padding included.
+    guidance: the embedded guidance scale that the transformer is told.
+    dtype: of the matrix products; master weights are fp32.
+    remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block".
+    attention: the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
+    lora: rank 0 trains all parameters.
+    """
+
+    folder: str = ""
+    transformer: str = ""
+    image_size: tuple[int, int] = _number((16, 48), at_least=1)
+    text_length: int = _number(12, at_least=1)
+    guidance: float = _number(3.5, at_least=0)
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        _check_numbers(self, "model")
+        _choice("model.dtype", self.dtype, DTYPES)
+        _choice("model.remat", self.remat, REMAT)
+        _choice("model.attention", self.attention, ATTENTION_BACKENDS)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What prompts come from.
+
+    name: the task; "features" is what `encode` wrote to the folder.
+    folder: "" is ~/.cache/mixgrpo_jax.
+    """
+
+    name: str = "signs"
+    folder: str = ""
+
+    def __post_init__(self):
+        _choice("data.name", self.name, TASKS)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by axis; -1 takes what is left.
+
+    data: samples. fsdp: samples, and a part of each parameter. context: tokens of a sample, and a part of each
+    parameter. tensor: heads and features. rollout_fsdp: parts of each parameter in rollouts; None is fsdp's.
+    """
+
+    data: int = _number(-1, at_least=-1)
+    fsdp: int = _number(1, at_least=-1)
+    context: int = _number(1, at_least=-1)
+    tensor: int = _number(1, at_least=-1)
+    rollout_fsdp: int | None = _number(None, at_least=1)
+
+    def __post_init__(self):
+        _check_numbers(self, "mesh")
+        for name in ("data", "fsdp", "context", "tensor"):
+            _require(getattr(self, name) != 0, f"mesh.{name}", 0, "give a number of devices, or -1 for what is left")
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """An iteration's samples.
+
+    prompts: of an iteration.
+    group: samples a prompt.
+    updates: optimiser steps an iteration.
+    micro_batch: samples a forward and backward pass, over all devices.
+    decode: samples decoded at a time, at most, over all devices; the host scores them meanwhile.
+    shared_noise: whether a group starts from one noise, and shares its prefix.
+    """
+
+    prompts: int = _number(8, at_least=1)
+    group: int = 12
+    updates: int = _number(4, at_least=1)
+    micro_batch: int = _number(24, at_least=1)
+    decode: int = _number(24, at_least=1)
+    shared_noise: bool = True
+
+    def __post_init__(self):
+        _check_numbers(self, "batch")
+        _require(self.group >= 2, "batch.group", self.group, "a group of one has no advantage; use at least 2")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients change parameters.
+
+    name: "adamw", or "adafactor".
+    dtype: of fully trained parameters; "bfloat16" rounds stochastically.
+    learning_rate: after warm-up.
+    warmup: updates of linear warm-up.
+    final_rate: of the rate, reached linearly at the last update; 1 keeps it constant.
+    b1, b2, eps: AdamW's.
+    weight_decay: decoupled, and follows the rate.
+    max_grad_norm: of all gradients together.
+    """
+
+    name: str = "adamw"
+    dtype: str = "float32"
+    learning_rate: float = _number(1e-5, above=0)
+    warmup: int = _number(0, at_least=0)
+    final_rate: float = _number(1.0, at_least=0, at_most=1)
+    b1: float = _number(0.9, at_least=0, below=1)
+    b2: float = _number(0.999, at_least=0, below=1)
+    eps: float = _number(1e-8, above=0)
+    weight_decay: float = _number(1e-4, at_least=0)
+    max_grad_norm: float = _number(1.0, above=0)
+
+    def __post_init__(self):
+        _choice("optimizer.name", self.name, ("adamw", "adafactor"))
+        _choice("optimizer.dtype", self.dtype, DTYPES)
+        _check_numbers(self, "optimizer")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How held-out prompts are drawn.
+
+    prompts: held-out prompts. batch: drawn at a time.
+    num_steps, solver, solver_order: of the sampler, which is deterministic.
+    shift: 0 takes the one that FLUX derives from the image's size.
+    trained_steps: the base takes the steps after them; None lets the trained policy take all.
+    average: the average that is evaluated; "" is the raw parameters.
+    every: iterations between evaluations during training; 0 is before and after only.
+    """
+
+    prompts: int = _number(256, at_least=1)
+    batch: int = _number(64, at_least=1)
+    num_steps: int = _number(20, at_least=1)
+    shift: float = _number(3.0, at_least=0)
+    solver: str = "euler"
+    solver_order: int = 1
+    trained_steps: int | None = None
+    average: str = "ema"
+    every: int = _number(0, at_least=0)
+
+    def __post_init__(self):
+        _check_numbers(self, "evaluation")
+        _choice("evaluation.solver", self.solver, SOLVERS)
+        _divides("evaluation.batch", self.batch, "evaluation.prompts", self.prompts)
+        _check_order("evaluation.solver_order", self.solver_order, "evaluation.solver", self.solver)
+        if self.trained_steps is not None and not 0 <= self.trained_steps <= self.num_steps:
+            raise ConfigError(
+                f"evaluation.trained_steps={self.trained_steps} is not in 0..{self.num_steps} "
+                "(evaluation.num_steps); None lets the trained policy take all"
+            )
+
+
+@dataclass(frozen=True)
+class Saves:
+    """When a run is saved.
+
+    every: iterations between saves. keep: so many, the last ones, stay.
+    """
+
+    every: int = _number(25, at_least=1)
+    keep: int = _number(2, at_least=1)
+
+    def __post_init__(self):
+        _check_numbers(self, "checkpoint")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """How a small policy is made from scratch.
+
+    clean_steps: the first of the steps, which see the pictures with less noise.
+    batch: pictures a step.
+    shift: of the noise levels that are trained.
+    learning_rate, b2, weight_decay, max_grad_norm: AdamW's.
+    bias_scale: of T5's initial biases by distance: large ones tell the order of words.
+    warmup: steps; then the rate falls to zero as a cosine.
+    ema_decay: of the parameters' average, which is what is evaluated and kept.
+    evaluate_every: steps between held-out scores.
+    """
+
+    steps: int = _number(1000, at_least=1)
+    clean_steps: int = _number(0, at_least=0)
+    batch: int = _number(64, at_least=1)
+    shift: float = _number(3.0, above=0)
+    learning_rate: float = _number(1.5e-3, above=0)
+    bias_scale: float = 1.0
+    warmup: int = _number(100, at_least=0)
+    b2: float = _number(0.99, at_least=0, below=1)
+    weight_decay: float = _number(0.0, at_least=0)
+    max_grad_norm: float = _number(0.5, above=0)
+    ema_decay: float = _number(0.99, at_least=0, below=1)
+    evaluate_every: int = _number(200, at_least=1)
+
+    def __post_init__(self):
+        _check_numbers(self, "pretrain")
+
+
+class Section(ml_collections.ConfigDict):
+    """A section of a config, which says where a renamed field is now, and remembers what was chosen."""
+
+    path = ""
+    chosen = ""
+
+    def __getitem__(self, key):
+        """The field's value."""
+        self._check_renamed(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        """Set a field, of the type that it has."""
+        self._check_renamed(key)
+        super().__setitem__(key, value)
+
+    def _check_renamed(self, key):
+        if new := RENAMED.get(f"{self.path}.{key}"):
+            raise KeyError(f"{self.path}.{key} is now {new}")
+
+
+def _section(fields: Mapping[str, Any], path: str = "", chosen: str = "") -> Section:
+    section = Section(dict(fields), convert_dict=True)
+    object.__setattr__(section, "path", path)
+    object.__setattr__(section, "chosen", chosen)
+    return section
+
+
+def _fields(settings: type, path: str, chosen: str = "", /, **changes: Any) -> Section:
+    """A section of a dataclass's fields with their defaults; a field of None may be set to an int."""
+    values: dict[str, Any] = {"name": chosen} if chosen else {}
+    for each in dataclasses.fields(settings):
+        if each.kw_only:  # the config's, from elsewhere
+            continue
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        value = changes.pop(each.name, default)
+        if isinstance(value, LoraConfig):
+            value = _fields(LoraConfig, f"{path}.{each.name}", **dataclasses.asdict(value))
+        values[each.name] = ml_collections.config_dict.placeholder(int) if value is None else value
+    if changes:
+        wrong, known = next(iter(changes)), [name for name in values if name != "name"]
+        near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(wrong, known, 1))
+        raise ConfigError(f"{path}.{wrong} is no field of {settings.__name__}{near}; it has {', '.join(known)}")
+    return _section(values, path, chosen)
+
+
+def choose(section: str, name: str, **changes: Any) -> Section:
+    """A section in which a method is chosen by name, with its own fields.
+
+    `config.objective = choose("objective", "nft", beta=0.1)`. The section is "plan", "objective" or "select"; a name is
+    one of its table, or "module:Class" of one's own.
+    """
+    return _fields(_find(section, name), section, name, **changes)
+
+
+def _find(section: str, name: str) -> type:
+    _choice("section", section, TABLES)
+    table = TABLES[section]
+    if name not in table and ":" not in name:
+        _choice(f"{section}.name", name, table)
+    try:
+        return pkgutil.resolve_name(table.get(name, name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{section}.name={name!r}: {error}; write 'module:Class' of what can be imported") from None
+
+
+def average(name: str, **changes: Any) -> Section:
+    """The rule of an average that the config keeps: `config.averages.old = average("old", by="iteration")`."""
+    return _fields(Average, f"averages.{name}", **changes)
+
+
+def base() -> Section:
     """The defaults: MixGRPO's own, on the embedded `signs` task."""
-    return ml_collections.ConfigDict(
+    return _section(
         dict(
-            seed=714,
+            seed=714,  # of every random number
             iterations=300,
-            model=dict(
-                folder="",  # in diffusers' layout; "shipped:NAME" is in the package, and so is "", of signs
-                transformer="",  # another place for the transformer alone: a folder, or the original file
-                image_size=(16, 48),  # rows, columns
-                text_length=12,  # T5 tokens of a prompt, padding included
-                guidance=3.5,  # the embedded guidance scale that the transformer is told
-                dtype="float32",  # of the matrix products; master weights are fp32
-                remat="none",  # what the update recomputes: "none", "block"
-                attention="xla",  # the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU
-                lora=_fields(LoraConfig),  # rank 0 trains all parameters
-            ),
-            data=dict(
-                name="signs", folder=""
-            ),  # "features": what `encode` wrote to the folder; "": ~/.cache/mixgrpo_jax
-            mesh=dict(  # devices by axis; -1 takes what is left
-                data=-1,  # samples
-                fsdp=1,  # samples, and a part of each parameter
-                context=1,  # tokens of a sample, and a part of each parameter
-                tensor=1,  # heads and features
-                rollout_fsdp=ml_collections.config_dict.placeholder(int),  # parts of each parameter in rollouts: fsdp's
-            ),
-            batch=dict(
-                prompts=8,  # an iteration
-                group=12,  # samples a prompt
-                updates=4,  # optimiser steps an iteration
-                micro_batch=24,  # samples a forward and backward pass, over all devices
-                decode=24,  # samples decoded at a time, at most, over all devices; the host scores them meanwhile
-                shared_noise=True,  # a group starts from one noise, and shares its prefix
-            ),
-            plan=_fields(PlanConfig, num_steps=25, shift=3.0, strategy="progressive", length=4),
-            sampler=_fields(Sampler),
+            model=_fields(Model, "model"),
+            data=_fields(Data, "data"),
+            mesh=_fields(Mesh, "mesh"),
+            batch=_fields(BatchSizes, "batch"),
+            plan=choose("plan", "window"),
+            sampler=_fields(Sampler, "sampler"),
             rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
             watched=("strict",),  # scored and logged, not trained on
             reward_options=dict(),  # {name: its options}; with `kind`, a name of one's own for a reward of that kind
-            advantage=_fields(AdvantageConfig),
-            objective=_fields(GRPOConfig),
-            optimizer=dict(
-                name="adamw",  # or "adafactor"
-                dtype="float32",  # of fully trained parameters; "bfloat16" rounds stochastically
-                learning_rate=1e-5,
-                warmup=0,  # updates of linear warm-up
-                final_rate=1.0,  # of the rate, reached linearly at the last update; 1 keeps it constant
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=1e-4,
-                max_grad_norm=1.0,
-                ema_decay=0.99,  # by update; 0 keeps no average
-            ),
+            advantage=_fields(Credit, "advantage"),
+            select=choose("select", "all"),
+            objective=choose("objective", "grpo"),
+            terms=dict(
+                kl_base=0.0, kl_rollout=0.0, mse_base=0.0
+            ),  # penalties by weight, see `rl.terms`; 0 costs nothing
+            optimizer=_fields(Optimizer, "optimizer"),
+            averages=dict(ema=average("ema")),  # of the parameters, by name, each with its rule
             # While the host scores an iteration's samples, draw the next ones, by the parameters of before the update:
             # they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
             one_step_off_policy=False,
-            ratio_tolerance=1e-4,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
-            evaluation=dict(
-                prompts=256,  # held-out prompts
-                batch=64,
-                num_steps=20,
-                shift=3.0,  # 0 takes the one that FLUX derives from the image's size
-                solver="euler",
-                solver_order=1,
-                trained_steps=ml_collections.config_dict.placeholder(int),  # the base takes the steps after them
-                ema=True,
-                every=0,  # iterations between evaluations during training; 0 is before and after only
-            ),
-            checkpoint=dict(every=25, keep=2),
-            pretrain=dict(
-                steps=1000,
-                clean_steps=0,  # the first of them, which see the pictures with less noise
-                batch=64,
-                shift=3.0,  # of the noise levels that are trained
-                learning_rate=1.5e-3,
-                bias_scale=1.0,  # of T5's initial biases by distance: large ones tell the order of words
-                warmup=100,  # then the rate falls to zero as a cosine
-                b2=0.99,
-                weight_decay=0.0,
-                max_grad_norm=0.5,
-                ema_decay=0.99,
-                evaluate_every=200,
-            ),
-        ),
-        convert_dict=True,
+            ratio_tolerance=5e-5,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
+            rollout_tolerance=1e-2,  # likewise, of what the rollout's program and the update's disagree by
+            evaluation=_fields(Evaluation, "evaluation"),
+            checkpoint=_fields(Saves, "checkpoint"),
+            pretrain=_fields(Pretrain, "pretrain"),
+        )
     )
 
 
-def _fields(settings, **changes):
-    """The fields of a dataclass of settings with their defaults; None becomes a placeholder of its type."""
-    values = {}
-    for field in dataclasses.fields(settings):
-        default = None if field.default is dataclasses.MISSING else field.default
-        value = changes.get(field.name, default)
-        values[field.name] = ml_collections.config_dict.placeholder(int) if value is None else value
-    return values
-
-
-def load(name: str, beside: str, *args: str) -> ml_collections.ConfigDict:
+def load(name: str, beside: str, *args: str) -> Section:
     """`get_config(*args)` of the recipe `name`, a file in the folder of `beside` (a recipe's own `__file__`)."""
     path = pathlib.Path(beside).with_name(f"{name}.py")
     if not path.is_file():
@@ -145,93 +410,204 @@ class Settings:
     """A checked config: its typed parts, and the arithmetic that follows from it."""
 
     config: ml_collections.ConfigDict
-    plan: PlanConfig
+    model: Model
+    data: Data
+    mesh: Mesh
+    batch: BatchSizes
+    planner: Planner
     sampler: Sampler
-    advantage: AdvantageConfig
-    objective: GRPOConfig
-    lora: LoraConfig
-    samples: int  # an iteration
-    passes: int  # forward and backward passes an update
+    advantage: Credit
+    select: Selection
+    objective: Objective
+    optimizer: Optimizer
+    averages: Mapping[str, Average]
+    evaluation: Evaluation
+    checkpoint: Saves
+    pretrain: Pretrain
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Samples of an iteration."""
+        return self.batch.prompts * self.batch.group
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples of an iteration that are trained on."""
+        return self.batch.prompts * self.select.kept(self.batch.group)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes an update."""
+        return self.trained_samples // self.batch.updates // self.batch.micro_batch * self.planner.num_trained
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Whom the update asks for a velocity, beside the trained policy."""
+        return self.objective.roles | terms.roles_of(self.terms)
 
     @property
     def keep_base(self) -> bool:
-        """Whether the parameters before training are needed: as the KL's reference, or to sample the later steps."""
-        return self.objective.kl_reference > 0 or self.config.evaluation.trained_steps is not None
+        """Whether the parameters before training are needed: as a reference, or to sample the later steps."""
+        return "base" in self.roles or self.evaluation.trained_steps is not None
 
     def arithmetic(self) -> str:
         """The numbers that users get wrong, in words."""
-        batch, plan = self.config.batch, self.plan
+        batch, planner = self.batch, self.planner
+        stochastic = sum(segment.steps for segment in planner.layout if segment.sde)
         return (
             f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates "
-            f"of {self.samples // batch.updates} samples x {plan.num_trained} steps in {self.passes} passes of "
-            f"{batch.micro_batch}; {plan.num_steps} steps, {plan.window_length} stochastic, {plan.num_trained} trained"
+            f"of {self.trained_samples // batch.updates} samples x {planner.num_trained} steps in {self.passes} passes "
+            f"of {batch.micro_batch}; {planner.num_steps} steps, {stochastic} stochastic, {planner.num_trained} trained"
         )
 
 
 def resolve(config: ml_collections.ConfigDict) -> Settings:
     """Check a config and derive what follows from it; raises ConfigError."""
     try:
-        plan, sampler = PlanConfig(**config.plan), Sampler(**config.sampler)
-        advantage, objective = AdvantageConfig(**config.advantage), GRPOConfig(**config.objective)
-        lora = LoraConfig(**config.model.lora)
-    except ValueError as error:
+        return _resolve(config)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
-    batch = config.batch
-    samples = batch.prompts * batch.group
-    _positive(config, "iterations", "batch.prompts", "batch.updates", "batch.micro_batch", "batch.decode")
-    _positive(config, "evaluation.prompts", "evaluation.batch", "evaluation.num_steps", "checkpoint.every")
-    _positive(config, "optimizer.learning_rate")
-    if batch.group < 2:
-        raise ConfigError(f"batch.group={batch.group}: a group of one has no advantage; use at least 2")
-    _divides("batch.updates", batch.updates, "samples an iteration (batch.prompts * batch.group)", samples)
-    _divides("batch.micro_batch", batch.micro_batch, "samples an update", samples // batch.updates)
-    _divides("evaluation.batch", config.evaluation.batch, "evaluation.prompts", config.evaluation.prompts)
-    choices = {"data.name": TASKS, "evaluation.solver": SOLVERS, "model.remat": REMAT}
-    choices |= {"model.dtype": DTYPES, "optimizer.dtype": DTYPES, "model.attention": ATTENTION_BACKENDS}
-    choices["optimizer.name"] = ("adamw", "adafactor")
-    for field, known in choices.items():
-        _choice(field, _get(config, field), known)
+
+
+def _resolve(config: ml_collections.ConfigDict) -> Settings:
+    _check_finite(config)
+    _require(config.iterations > 0, "iterations", config.iterations, "it must be positive")
+    _require(0 <= config.seed < 2**32, "seed", config.seed, "it must be in 0..4294967295")
+    for name in ("ratio_tolerance", "rollout_tolerance"):
+        _require(config[name] >= 0, name, config[name], "it must be at least 0")
+    batch, model = BatchSizes(**config.batch), dict(config.model)
+    settings = Settings(
+        config,
+        model=Model(**model | {"lora": LoraConfig(**model["lora"])}),
+        data=Data(**config.data),
+        mesh=Mesh(**config.mesh),
+        batch=batch,
+        planner=_chosen(config, "plan", group=batch.group, seed=config.seed),
+        sampler=Sampler(**config.sampler),
+        advantage=Credit(**config.advantage),
+        select=_chosen(config, "select"),
+        objective=_chosen(config, "objective").settled(config.model.dtype, config.one_step_off_policy),
+        optimizer=Optimizer(**config.optimizer),
+        averages=_averages(config),
+        evaluation=Evaluation(**config.evaluation),
+        checkpoint=Saves(**config.checkpoint),
+        pretrain=Pretrain(**config.pretrain),
+        rewards=dict(config.rewards),
+        terms=dict(config.terms),
+    )
+    _check_rewards(config)
+    _check_sizes(settings)
+    _check_roles(settings)
+    _check_plan(settings)
+    _check_tolerance(settings)
+    order = getattr(settings.planner, "solver_order", 1)
+    _check_order("plan.solver_order", order, "sampler.solver", settings.sampler.solver)
+    return settings
+
+
+def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> Any:
+    """The method of a section, with what of the config's other settings it takes."""
+    fields = dict(config[section])
+    name = fields.pop("name")
+    found = _find(section, name)
+    own = {each.name: each.kw_only for each in dataclasses.fields(found)}
+    was = getattr(config[section], "chosen", "") or name
+    if was != name or fields.keys() != {each for each, kw_only in own.items() if not kw_only}:
+        raise ConfigError(
+            f"{section}.name={name!r}: the section's fields are those of another method ({', '.join(fields)}). Choose "
+            f"a method by its recipe (--config=configs/RECIPE.py), or in Python: "
+            f'config.{section} = choose("{section}", "{name}")'
+        )
+    return found(**fields, **{key: value for key, value in others.items() if own.get(key)})
+
+
+def _averages(config: ml_collections.ConfigDict) -> dict[str, Average]:
+    averages = {}
+    for name, fields in config.averages.items():
+        try:
+            averages[name] = Average(**fields)
+        except ValueError as error:
+            raise ConfigError(f"averages.{name}.{error}") from None
+    return {name: rule for name, rule in averages.items() if rule.decay or rule.by == "iteration"}
+
+
+def _check_rewards(config: ml_collections.ConfigDict) -> None:
     for name in [*config.rewards, *config.watched]:
         kind = config.reward_options.get(name, {}).get("kind", name)
-        if ":" not in kind:  # "module:function", of a builder that is not in the table
+        if ":" not in kind:  # a builder of one's own
             _choice("watched" if name in config.watched else f"rewards.{name}", kind, REWARDS)
-    if min(config.rewards.values(), default=0) < 0 or sum(config.rewards.values()) <= 0:
-        raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight, and none a negative one")
-    if not 0 <= config.optimizer.final_rate <= 1:
-        raise ConfigError(f"optimizer.final_rate={config.optimizer.final_rate} is not in [0, 1]; 1 keeps it constant")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} is not in [0, 1); 0 keeps no average")
-    if config.evaluation.ema and not config.optimizer.ema_decay:
-        raise ConfigError("evaluation.ema=True with optimizer.ema_decay=0: no average is kept; set one of the two")
-    trained_steps = config.evaluation.trained_steps
-    if trained_steps is not None and not 0 <= trained_steps <= config.evaluation.num_steps:
+    for name, weight in config.rewards.items():
+        _require(weight >= 0, f"rewards.{name}", weight, "a weight must not be negative; 0 only watches")
+    if not sum(config.rewards.values()) > 0:
+        raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight")
+    for name in config.reward_options:
+        if name not in (known := [*config.rewards, *config.watched]):
+            near = difflib.get_close_matches(name, known, 1) or known
+            raise ConfigError(f"reward_options.{name}: there is no reward of this name; did you mean {near[0]}?")
+
+
+def _check_sizes(settings: Settings) -> None:
+    batch, trained = settings.batch, settings.trained_samples
+    _divides("batch.updates", batch.updates, "trained samples an iteration", trained)
+    _divides("batch.micro_batch", batch.micro_batch, "samples an update", trained // batch.updates)
+    if batch.shared_noise and not any(segment.sde and segment.steps for segment in settings.planner.layout):
         raise ConfigError(
-            f"evaluation.trained_steps={trained_steps} is not in 0..{config.evaluation.num_steps} "
-            "(evaluation.num_steps); None lets the trained policy take all"
+            f"batch.shared_noise=True with plan.name={settings.config.plan.name!r}: the plan has no stochastic step, "
+            "and a group that starts from one noise would be one picture; set batch.shared_noise=False"
         )
-    passes = samples // batch.updates // batch.micro_batch * plan.num_trained
-    return Settings(config, plan, sampler, advantage, objective, lora, samples, passes)
+    if settings.objective.span == "group":
+        _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)
 
 
-def _positive(config, *fields):
-    for field in fields:
-        if not _get(config, field) > 0:
-            raise ConfigError(f"{field}={_get(config, field)} must be positive")
+def _check_roles(settings: Settings) -> None:
+    kept, chosen = settings.averages, settings.evaluation.average
+    if chosen and chosen not in kept:
+        raise ConfigError(
+            f"evaluation.average={chosen!r}: no such average is kept; give averages.{chosen}.decay a value above 0, or "
+            "set evaluation.average='' for the raw parameters"
+        )
+    averages = (settings.roles - {"base"}) | ({settings.objective.draws} - {"train"})
+    for role in sorted(averages - kept.keys()):
+        raise ConfigError(
+            f"objective.name={settings.config.objective.name!r} or a term needs the role {role!r}: keep it as an "
+            f'average, config.averages.{role} = average("{role}")'
+        )
 
 
-def _get(config, field):
-    return functools.reduce(lambda section, name: section[name], field.split("."), config)
+def _check_plan(settings: Settings) -> None:
+    """Refuse a plan that does not record what the objective learns from."""
+    recorded = [segment for segment in settings.planner.layout if segment.record]
+    for need, sde, kind, plan in (("rows", True, "stochastic", "window"), ("ode_row", False, "deterministic", "ode")):
+        if need in settings.objective.needs and {segment.sde for segment in recorded} != {sde}:
+            names = f"objective.name={settings.config.objective.name!r}, plan.name={settings.config.plan.name!r}"
+            raise ConfigError(
+                f"{names}: the objective needs recorded {kind} steps, and no others; "
+                f'set config.plan = choose("plan", "{plan}")'
+            )
 
 
-def _choice(field, value, known):
-    if value not in known:
-        raise ConfigError(f"{field}={value!r} is unknown; choose from {', '.join(sorted(known))}")
+def _check_tolerance(settings: Settings) -> None:
+    tolerance, bound = settings.config.ratio_tolerance, settings.objective.tolerance
+    if tolerance > bound:
+        raise ConfigError(
+            f"ratio_tolerance={tolerance}: beyond half the clip range, {bound:g}, rounding decides what is clipped; "
+            "lower it, and in bfloat16 let objective.old_log_prob='update' make the ratio exact"
+        )
 
 
-def _divides(field, value, what, whole):
+def _check_order(name: str, order: int, of: str, solver: str) -> None:
+    _require(order in (1, 2, 3), name, order, "choose 1, 2 or 3")
+    _require(order == 1 or solver != "euler", name, order, f"{of}='euler' is of order 1; choose {of}='dpm_midpoint'")
+
+
+def _divides(name, value, what, whole):
     if whole % value:
         near = [d for d in range(1, whole + 1) if whole % d == 0]
         raise ConfigError(
-            f"{field}={value} does not divide the {whole} {what}; nearest that do: "
+            f"{name}={value} does not divide the {whole} {what}; nearest that do: "
             f"{', '.join(str(d) for d in sorted(near, key=lambda d: abs(d - value))[:3])}"
         )

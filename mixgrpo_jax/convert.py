@@ -27,17 +27,18 @@ from absl import app, flags, logging
 from flax import traverse_util
 from tqdm import tqdm
 
+from mixgrpo_jax.engine.loading import average_path, version_of
 from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.io import orbax_io, weights
 from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE
 from mixgrpo_jax.models.io.transformer import Source
 from mixgrpo_jax.models.io.weights import Lazy, Params
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 
 TARGETS = ("orbax", "diffusers", "lora")
 DTYPES = ("", "bfloat16", "float32")
-WEIGHTS = {"ema": "ema", "raw": "params"}  # fields of the train state
+RAW = "raw"  # the parameters themselves, among their averages
 
 
 class Run(NamedTuple):
@@ -54,7 +55,7 @@ def convert(
     to: str,
     *,
     dtype: str = "",
-    which: str = "ema",
+    which: str = "",
     merge: bool = False,
     shard_size: int = SHARD_SIZE,
 ) -> None:
@@ -64,8 +65,8 @@ def convert(
       source, target, to: see the module.
       dtype: of the written parameters, "bfloat16" or "float32"; by default the source's, and a merged kernel's is that
         of its base. Adapters are fp32.
-      which: of a run, its parameters' moving average "ema", or "raw" as last updated, which
-        is what a run without an average has.
+      which: of a run, the name of an average of its parameters that it keeps, or "raw" as last updated; by default
+        the average that it evaluates, if it does.
       merge: whether to add a run's adapters to its base.
       shard_size: bytes above which a diffusers folder's tensors are cut into several files.
 
@@ -74,7 +75,7 @@ def convert(
         target is not empty, or its disk is too small. Nothing has been written then.
     """
     start = time.monotonic()
-    for flag, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("weights", which, tuple(WEIGHTS))):
+    for flag, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES)):
         if value not in choices:
             raise ValueError(f"--{flag}={value!r} is unknown: choose one of {choices}")
     source, target = pathlib.Path(source), pathlib.Path(target)
@@ -101,8 +102,11 @@ def _open(path: pathlib.Path, which: str, dtype: Any, merge: bool) -> Source:
     return families.of(transformer).transformer.open_source(transformer, dtype)
 
 
-def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
-    """The newest checkpoint of a run, with the base that its config.json names. Raises ValueError where they differ."""
+def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
+    """The newest checkpoint of a run, with the base that its config.json names.
+
+    Raises ValueError where they differ, or where the checkpoint lacks what is asked for.
+    """
     workdir = pathlib.Path(workdir)
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
@@ -117,16 +121,41 @@ def open_run(workdir: str | pathlib.Path, which: str = "ema") -> Run:
 
     checkpoints = Checkpoints(workdir)
     latest = checkpoints.latest
-    checkpoints.close()
     if latest is None:
         raise ValueError(f"{workdir}/checkpoints holds no finished checkpoint: let the run save one")
-    field = WEIGHTS[which if settings["optimizer"]["ema_decay"] else "raw"]
-    trained = orbax_io.lazy_restore(workdir / "checkpoints" / str(latest) / "state", field)
+    version, state = version_of(checkpoints.restore_host(), checkpoints), checkpoints.folder / "state"
+    checkpoints.close()
+    trained = orbax_io.lazy_restore(state, average_path(_average(settings, state, version, which), version))
     expected = family.transformer.skeleton(base.config)
     if config.rank:
         expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
     weights.check_shapes(expected, trained, f"{workdir}, iteration {latest},")
-    return Run(base, config, trained)
+    return Run(base, config, jax.tree.map(lambda leaf: _finite(leaf, state.parent), trained))
+
+
+def _finite(leaf: Lazy, folder: pathlib.Path) -> Lazy:
+    """The parameter, which is refused as it is read where it is not finite."""
+
+    def read(index: Any) -> np.ndarray:
+        values = leaf[index]
+        if not np.isfinite(values).all():
+            raise ValueError(f"{folder} holds parameters that are not finite: remove it, to convert the one before")
+        return values
+
+    return Lazy(leaf.shape, leaf.dtype, read)
+
+
+def _average(settings: dict[str, Any], state: pathlib.Path, version: int, which: str) -> str:
+    """The name of the average that is asked for, "" for the parameters themselves."""
+    if version > 1:
+        kept, evaluated = sorted(orbax_io.stored(state).get("averages", ())), settings["evaluation"]["average"]
+    else:
+        kept = ["ema"] if settings["optimizer"]["ema_decay"] else []
+        evaluated = "ema" if kept else ""
+    name = {"": evaluated, RAW: ""}.get(which, which)
+    if name and name not in kept:
+        raise ValueError(f"--weights={name!r}: the run keeps no such average; choose from {', '.join([*kept, RAW])}")
+    return name
 
 
 def _trained(run: Run, dtype: Any, merge: bool) -> Source:
@@ -233,6 +262,6 @@ if __name__ == "__main__":
     _TARGET = flags.DEFINE_string("target", None, "New folder.", required=True)
     _TO = flags.DEFINE_enum("to", None, TARGETS, "What to write.", required=True)
     _DTYPE = flags.DEFINE_enum("dtype", "", DTYPES, "Of the written parameters; by default the source's.")
-    _WEIGHTS = flags.DEFINE_enum("weights", "ema", list(WEIGHTS), "Which of a run's parameters, where it kept both.")
+    _WEIGHTS = flags.DEFINE_string("weights", "", "A run's average by name, or raw; by default, what it evaluates.")
     _MERGE = flags.DEFINE_bool("merge", False, "Add a run's adapters to its base.")
     app.run(main)

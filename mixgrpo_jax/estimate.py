@@ -29,12 +29,16 @@ from tqdm import tqdm
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine import ahead
+from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.programs import decode_chunks, prefix_rows
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.nn import attention
 from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.rl.samples import Tools
+from mixgrpo_jax.rl.terms import make_terms
+from mixgrpo_jax.rl.update import count_evaluations
 from mixgrpo_jax.runtime import chips, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -49,23 +53,21 @@ BOUND = (
 
 
 def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
-    """A mean iteration of the run: evaluations and FLOPs by phase, and the shares of steps that the gates let through.
-
-    A gradient costs two evaluations more (one with adapters, whose base has none), recomputing blocks another one.
-    """
-    config, rows = settings.config, prefix_rows(settings.config.batch, mesh)
-    state, seen = plans.initial_state(settings.plan), []
-    for _ in range(config.iterations):
-        plan = plans.make_plan(settings.plan, state)
-        spent = plans.evaluations(plan, rows, settings.samples // rows, True)
-        seen.append((spent["rollout"], spent["update"], int(plan.start), int(plan.suffix_steps)))
-        state = plans.advance(settings.plan, state)
-    rollout, update, prefix, suffix = np.mean(seen, axis=0).tolist()
-    rest = settings.plan.num_steps - settings.plan.window_length
-    passes = 1 + (1 if settings.lora.rank else 2) + (config.model.remat == "block")
-    passes += settings.objective.kl_reference > 0
-    flops = {"rollout": policy.flops * rollout, "update": policy.flops * update * passes}
-    return {"rollout": rollout, "update": update}, flops, (prefix / rest, suffix / rest) if rest else ()
+    """A mean iteration of the run: evaluations and FLOPs by phase, and the shares of gated steps that run."""
+    planner, layout, seen = settings.planner, settings.planner.layout, []
+    rows, state = prefix_rows(layout, settings.batch, mesh), planner.initial()
+    for _ in range(settings.config.iterations):
+        plan = planner.plan(state, settings.batch.prompts)
+        seen.append((plans.evaluations(layout, plan, rows, settings.samples), *plans.executed(layout, plan)))
+        state = planner.advance(state)
+    rollout, *steps = np.mean(seen, axis=0).tolist()
+    tools = Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens)
+    of_update = count_evaluations(settings.objective, settings.roles, tools, policy.latent_shape, planner.num_trained)
+    cost = Cost(*(policy.evaluations * n for n in (rollout, *(settings.trained_samples * each for each in of_update))))
+    passes = cost.work(adapters=settings.model.lora.rank > 0, recomputed=settings.model.remat == "block")
+    shares = tuple(n / segment.steps for n, segment in zip(steps, layout) if segment.steps and not segment.record)
+    flops = {phase: policy.flops * count for phase, count in passes.items()}
+    return {"rollout": cost.rollout, "update": cost.update}, flops, shares
 
 
 def slice_mesh(settings: Settings, topology: str) -> Any:
@@ -146,7 +148,7 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
     """What would help a phase that does not fit, where `resident` is the share of memory that is never free."""
     config, ways = settings.config, meshes.batch_ways(mesh)
     steps = ["a larger slice" if config.mesh.fsdp == -1 else "mesh.fsdp=-1 with mesh.data=1 on a larger slice"]
-    if resident > 0.5 and not settings.lora.rank:
+    if resident > 0.5 and not settings.model.lora.rank:
         steps.append("adapters (model.lora.rank=64)")
     if phase == "update" and config.model.remat != "block":
         steps.append("model.remat='block'")
@@ -229,9 +231,10 @@ def main(_):  # noqa: D103
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it refuses where another process has loaded it
     os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
     jax.config.update("jax_platforms", "cpu")
-    settings = configs.resolve(_CONFIG.value)
-    if settings.config.model.attention == "auto":
-        settings.config.model.attention = "splash"  # what it is on a TPU
+    config = _CONFIG.value
+    if config.model.attention == "auto":
+        config.model.attention = "splash"  # what it is on a TPU
+    settings = configs.resolve(config)
     parts = find_parts(settings, _ARCHITECTURE.value)
     print(settings.arithmetic())
     result = estimate(settings, parts, _TOPOLOGY.value)

@@ -22,10 +22,11 @@ from ml_collections import config_flags
 from tqdm import trange
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.evaluate import HeldOut, table
+from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.rl.update import TrainState, init_state
+from mixgrpo_jax.rewards.scoring import build
+from mixgrpo_jax.rl.update import Average, TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.tasks import load_task
 
@@ -65,26 +66,27 @@ def make_step(policy: Policy, options: Any):
         params = optax.apply_updates(state.params, updates)
         # The average must forget the initial parameters: its horizon grows with the steps made.
         decay = jnp.minimum(options.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
-        return TrainState(params, opt_state, ema, state.step + 1), loss
+        ema = optax.incremental_update(params, state.averages["ema"], 1 - decay)
+        return TrainState(params, opt_state, {"ema": ema}, state.step + 1), loss
 
     return optimiser, step
 
 
 def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     """Train, save, and return the held-out scores."""
-    configs.resolve(config)
-    workdir, options = pathlib.Path(workdir), config.pretrain
+    settings = configs.resolve(config)
+    workdir, options = pathlib.Path(workdir), settings.pretrain
     task = load_task(config.data.name)
     parts = families.small_parts(config.model.folder, task.build_tokenizer())
-    policy = parts.family.make(parts, config.model)
+    policy = parts.family.make(parts, settings.model)
     key = jax.random.key(config.seed)
     optimiser, step = make_step(policy, options)
     params = families.init(parts, jax.random.fold_in(key, 0))
     params["text_encoder_2"]["relative_bias"] *= options.bias_scale
-    state = init_state(params, optimiser)
+    state = init_state(params, optimiser, {"ema": Average(options.ema_decay)})
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
-    held_out = HeldOut(config, policy)
+    rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
+    held_out = HeldOut(settings, policy, rewards)
 
     progress = trange(1, options.steps + 1, desc="pretrain", disable=not distributed.is_first())
     for index in progress:
@@ -96,7 +98,8 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             progress.set_postfix(loss=f"{loss:.4f}")
         if index % options.evaluate_every and index < options.steps:
             continue
-        images, scores = held_out.assess(state.ema["transformer"], state.ema | {"base": None})
+        average = state.averages["ema"]
+        images, scores = held_out.assess(average["transformer"], average | {"base": None})
         if distributed.is_first():
             progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
     progress.close()
@@ -104,7 +107,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     means = {name: round(float(values.mean()), 4) for name, values in scores.items()}
     if not distributed.is_first():
         return means
-    families.save(workdir / "checkpoint", parts, state.ema)
+    families.save(workdir / "checkpoint", parts, average)
     card = {"command": " ".join(["python -m mixgrpo_jax.pretrain", *sys.argv[1:]]), "seed": config.seed, "steps": index}
     (workdir / "checkpoint" / "card.json").write_text(json.dumps(card | {"held_out": means}, indent=2) + "\n")
     print(table(scores, held_out.groups))

@@ -19,8 +19,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.evaluate import load_policy, make_draw, restore
-from mixgrpo_jax.flow.rollout import Sampler, initial_noise
+from mixgrpo_jax.engine.held_out import make_draw
+from mixgrpo_jax.engine.loading import load_policy, restore_trained
+from mixgrpo_jax.flow.rollout import initial_noise
+from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -36,8 +38,8 @@ def sample(
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
     _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
-    trained, source = restore(config, workdir, trainable.params)
-    draw, features = make_draw(policy, config.evaluation, trainable.attach), jax.jit(policy.features)
+    trained, source = restore_trained(settings, workdir, trainable.params)
+    draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()
     if first:
         print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")

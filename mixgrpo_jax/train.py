@@ -2,13 +2,14 @@
 
     python -m mixgrpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`. A run that was stopped goes on where its
-last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration), checkpoints/, before_after.png and
-rewards.png.
+Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
+was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
+checkpoints/, before_after.png and rewards.png.
 """
 
 import contextlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,12 +21,17 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
-from mixgrpo_jax.engine.collect import Drawing, Drawn
+from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
+from mixgrpo_jax.engine.cost import Cost
+from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
+from mixgrpo_jax.engine.loading import host_state, load_policy, restore_run
 from mixgrpo_jax.engine.programs import make_programs
-from mixgrpo_jax.evaluate import Assessment, HeldOut, load_policy, table
-from mixgrpo_jax.flow import plans
+from mixgrpo_jax.flow.plans import Plan
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rewards.scoring import build
-from mixgrpo_jax.rl.advantages import advantages
+from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -39,139 +45,196 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     """
     if "://" in str(workdir):
         raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
-    settings, mesh = configs.resolve(config), meshes.make_mesh(config.mesh)
-    workdir = pathlib.Path(workdir)
+    settings = configs.resolve(config)
+    mesh, workdir = meshes.make_mesh(config.mesh), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoint = settings.config.checkpoint
+    saves = settings.checkpoint
     # The mesh is set for the attention kernels that are placed by hand. A run that fails finishes the save under way.
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, checkpoint.every, checkpoint.keep)) as checkpoints:
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, saves.every, saves.keep)) as checkpoints:
         return _train(settings, workdir, mesh, checkpoints)
 
 
 def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
-    config, first = settings.config, distributed.is_first()
-    task = load_task(config.data.name)
-    prompts = task.batches(task.load("train", config.data.folder), config.seed, config.batch.prompts)
-    rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
-    group_id = np.repeat(np.arange(config.batch.prompts), config.batch.group)
-
-    # The policy, what is trained of it, and the programs of an iteration.
-    parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=config.data.name != "features")
-    if first:
-        print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
-        print(settings.arithmetic())
-    programs = make_programs(settings, parts, trainable, mesh)
-    drawing = Drawing(settings, policy, programs, frozen, prompts, rewards, group_id, mesh)
-    held_out = HeldOut(config, policy, trainable.attach)
-
-    # Start, or resume; the window, and with it the whole host state, is in the checkpoint.
-    state, window = programs.init(trainable.params), plans.initial_state(settings.plan)
-    upcoming: Drawn | None = None  # samples that are drawn already, by the parameters of before the last update
-    if checkpoints.latest is not None:
-        state, host = checkpoints.restore(state)
-        window = plans.WindowState(**host["window"])
-        if config.one_step_off_policy and checkpoints.has_samples():
-            upcoming = drawing.start(state.params, window, saved=checkpoints)
-        before = Assessment.load(workdir / "before.npz")
-    else:
-        before = held_out.assess(state.params, frozen)
-        if first:
-            (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-            before.save(workdir / "before.npz")
-    writer = metrics.MetricWriter(workdir, resume_at=window.iteration)
-    if window.iteration == 0:
+    planner, total = settings.planner, settings.config.iterations
+    collector, held_out, state = _set_up(settings, mesh)
+    state, planned, upcoming, before = _begin(state, collector, held_out, workdir, checkpoints)
+    writer, after = metrics.MetricWriter(workdir, resume_at=planned.iteration), None
+    if planned.iteration == 0:
         writer.write(0, metrics.means("held_out", before.scores))
 
-    after = None
-    iterations = range(window.iteration, config.iterations)
-    progress = tqdm(iterations, "train", config.iterations, initial=window.iteration, disable=not first)
+    iterations = range(planned.iteration, total)
+    progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
     for iteration in progress:
         timer, done = metrics.PhaseTimer(), iteration + 1
 
         with timer("rollout"):
             on_policy = upcoming is None
-            drawn = upcoming or drawing.start(state.params, window)
+            drawn = upcoming or collector.take(state, planned)
             jax.block_until_ready(drawn.sampled)
-            window, upcoming = plans.advance(settings.plan, window), None
-            if config.one_step_off_policy and done < config.iterations:
-                upcoming = drawing.start(state.params, window)
+            planned, upcoming = planner.advance(planned), None
+            if settings.config.one_step_off_policy and done < total:
+                upcoming = collector.take(state, planned)
 
         with timer("decode"):  # of the first pictures; the others are made while these are scored
             jax.block_until_ready(drawn.images[0])
 
         with timer("reward"):
-            scores = {name: score.value for name, score in drawing.score(drawn).items()}
-            advantage = advantages(scores, group_id, config.rewards, settings.advantage)
+            scores = collector.score(drawn)
+            lesson = collector.learn(drawn, scores)
 
         with timer("rollout"):  # what of the next one the rewards did not hide
             jax.block_until_ready(upcoming and (upcoming.sampled, upcoming.images))
 
         with timer("update"):
-            trained_on = drawn.sampled.rows, advantage, drawn.cond, drawn.plan.train
-            state, learned = programs.update(state, frozen["base"], *trained_on)
+            state, learned = collector.programs.update(state, collector.frozen["base"], *lesson.given)
             learned = jax.device_get(learned)
 
-        check_ratio(learned["ratio/max_deviation"][0], drawn.plan, config.ratio_tolerance if on_policy else np.inf)
-        line = describe(settings, drawn, scores, advantage, learned) | {"compilations": programs.compilations()}
-        if done == config.iterations or (config.evaluation.every and done % config.evaluation.every == 0):
+        check_finite(learned, done)
+        check_on_policy(settings, learned, drawn.plan, on_policy)
+        line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
+        if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
             with timer("evaluation"):
-                after = held_out.assess(state.ema if config.evaluation.ema else state.params, frozen)
+                after = held_out.assess(chosen_average(settings, state), collector.frozen)
             line |= metrics.means("held_out", after.scores)
         with timer("checkpoint"):
-            host, samples = {"window": window._asdict()}, upcoming and upcoming.sampled
-            checkpoints.save(done, state, host, samples, force=done == config.iterations)
-        cost = settings.samples, policy.flops, mesh.size, config.one_step_off_policy
-        line |= timer.metrics() | metrics.throughput(line, timer, *cost)
+            host, samples = host_state(planned), upcoming and upcoming.sampled
+            checkpoints.save(done, state, host, samples, force=done == total)
+        line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
         writer.write(done, line)
         progress.set_postfix(metrics.brief(line))
 
-    if after is None:  # the run was finished before
-        after = held_out.assess(state.ema if config.evaluation.ema else state.params, frozen)
-    if first:
+    after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
+    _report(workdir, held_out, before, after)
+    return after.scores
+
+
+def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainState]:
+    """The policy, what is trained of it, the rewards, and the programs of an iteration."""
+    task, data = load_task(settings.data.name), settings.data
+    prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
+    rewards = build(dict.fromkeys([*settings.rewards, *settings.config.watched]), settings.config.reward_options)
+    parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
+    if distributed.is_first():
+        print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
+        print(settings.arithmetic())
+    programs = make_programs(settings, parts, trainable, mesh)
+    collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
+    return collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)
+
+
+def _begin(
+    state: TrainState, collector: Collector, held_out: HeldOut, workdir: pathlib.Path, checkpoints: Checkpoints
+) -> tuple[TrainState, Any, Drawn | None, Assessment]:
+    """The state of the policy and of the planner, samples that are drawn ahead, and the held-out scores of before.
+
+    A run that was stopped resumes: the planner's state, and with it the whole host state, is in the checkpoint.
+    """
+    settings, upcoming = collector.settings, None
+    planned, before = settings.planner.initial(), workdir / "before.npz"
+    if checkpoints.latest is not None:
+        state, planned = restore_run(checkpoints, state, planned)
+        if settings.config.one_step_off_policy and checkpoints.has_samples():
+            upcoming = collector.take(state, planned, saved=checkpoints)
+        return state, planned, upcoming, Assessment.load(before)
+    assessment = held_out.assess(state.params, collector.frozen)
+    if distributed.is_first():
+        (workdir / "config.json").write_text(settings.config.to_json_best_effort(indent=2) + "\n")
+        assessment.save(before)
+    return state, planned, None, assessment
+
+
+def chosen_average(settings: Settings, state: TrainState) -> Any:
+    """The parameters that are evaluated."""
+    return state.averages[settings.evaluation.average] if settings.evaluation.average else state.params
+
+
+def _report(workdir: pathlib.Path, held_out: HeldOut, before: Assessment, after: Assessment) -> None:
+    if distributed.is_first():
         print(f"before\n{table(before.scores, held_out.groups)}\nafter\n{table(after.scores, held_out.groups)}")
         pictures = {"before": before.images, "after": after.images}
         report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
         report.curve(workdir)
-    return after.scores
 
 
-def describe(settings: Settings, drawn: Drawn, scores: dict, advantage: np.ndarray, learned: dict) -> dict[str, Any]:
-    """An iteration's metrics: of its scores {name: [B]}, its advantages [B], its updates, and what it cost."""
-    config = settings.config
-    return (
-        metrics.means("reward", {name: scores[name] for name in config.rewards})
-        | metrics.means("watched", {name: scores[name] for name in config.watched})
-        | summarise(learned)
-        | {"advantage/abs_mean": np.abs(advantage).mean()}
-        | {"window/start": int(drawn.plan.start), "window/length": settings.plan.window_length}
-        | {"nfe/rollout": int(drawn.sampled.evaluations), "nfe/update": len(drawn.plan.train) * settings.samples}
+def describe(
+    settings: Settings, drawn: Drawn, scores: Mapping[str, Score], lesson: Lesson, learned: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """An iteration's metrics: of its scores, its advantages, its updates, and what it cost in evaluations."""
+    values = {name: score.value for name, score in scores.items()}
+    stochastic = [(s, steps) for s, steps in zip(settings.planner.layout, drawn.plan.segments) if s.sde]
+    line = (
+        metrics.means("reward", {name: values[name] for name in settings.rewards})
+        | metrics.means("watched", {name: values[name] for name in settings.config.watched})
+        | summarise(learned, settings.objective)
+        | {"advantage/abs_mean": np.abs(lesson.advantage).mean()}
     )
+    if stochastic:  # where it begins first, of all prompts
+        line |= {"window/start": int(stochastic[0][1].address[0].min())}
+        line |= {"window/length": sum(segment.steps for segment, _ in stochastic)}
+    return line
 
 
-def check_ratio(deviation: np.ndarray, plan: plans.Plan, tolerance: float) -> None:
-    """Stop unless an iteration's first update starts on policy: |ratio - 1| <= tolerance at every trained step [n].
+def check_finite(learned: Mapping[str, np.ndarray], iteration: int) -> None:
+    """Stop where an update's metrics, among them the norms of gradients and parameters, are not finite; nothing of the
+    iteration is saved."""
+    for update in range(len(learned["grad_norm"])):
+        for name, values in sorted(learned.items()):
+            if not name.startswith("nfe/") and not np.isfinite(values[update]).all():
+                raise RuntimeError(
+                    f"iteration {iteration}, update {update + 1}: {name} is not finite, with grad_norm="
+                    f"{learned['grad_norm'][update]:.3g}. Nothing of this iteration is saved. Lower "
+                    "optimizer.learning_rate or optimizer.max_grad_norm, and start the run again: it goes on where it "
+                    "was saved last"
+                )
 
-    Samples of earlier parameters have no such tolerance: np.inf refuses a ratio that is NaN, and no other.
+
+def check_on_policy(settings: Settings, learned: Mapping[str, np.ndarray], plan: Plan, on_policy: bool) -> None:
+    """Stop unless an iteration's first update starts on policy: what must be 0 is within its tolerance everywhere.
+
+    Samples of earlier parameters have no such tolerance: there, what is NaN is refused, and nothing else.
     """
-    worst = int(np.argmax(np.where(np.isnan(deviation), np.inf, deviation)))
-    if not deviation[worst] <= tolerance:
-        step = int(plan.start + plan.train[worst])
-        raise RuntimeError(
-            f"rollout and update disagree: |ratio - 1| = {deviation[worst]:.3g} at step {step} (sigma "
-            f"{plan.sigmas[step]:.4f}) before any update, over ratio_tolerance={tolerance:g}. Raise model.dtype's "
-            "precision, or the tolerance if clip ranges are far above it"
-        )
+    for name, field in settings.objective.on_policy.items():
+        if name not in learned:
+            continue
+        if settings.config.one_step_off_policy:  # the ratio is to what the rollout's program says, also at first
+            field = "rollout_tolerance"
+        tolerance = settings.config[field] if on_policy else np.inf
+        deviation = learned[name][0]  # by place
+        worst = int(np.argmax(np.where(np.isnan(deviation), np.inf, deviation)))
+        if not deviation[worst] <= tolerance:
+            remedy = "raise model.dtype's precision, or the tolerance if this is rounding"
+            if field == "ratio_tolerance":
+                remedy += (
+                    "; objective.old_log_prob='update' takes the log-probs of before from the update's own program"
+                )
+            raise RuntimeError(
+                f"rollout and update disagree: {name} = {deviation[worst]:.3g} at step {plan.step[worst].min()} (sigma "
+                f"{plan.sigma[worst].max():.4f}) before any update, over {field}={tolerance:g}: {remedy}"
+            )
 
 
-def summarise(learned: dict[str, np.ndarray]) -> dict[str, float]:
+def summarise(learned: Mapping[str, np.ndarray], objective: Objective) -> dict[str, float]:
     """Metrics of the updates [U] or [U, n] as scalars.
 
-    `ratio/max_deviation` is the first update's, zero up to rounding where samples are on policy; `ratio/drift` is the
-    largest of all updates'.
+    What must be 0 on policy is the first update's, and `ratio/drift` is the largest of all updates'.
     """
-    deviation = learned.pop("ratio/max_deviation")
-    scalars = {name: values.mean() for name, values in sorted(learned.items())}
-    return scalars | {"ratio/max_deviation": deviation[0].max(), "ratio/drift": deviation.max()}
+    result = {}
+    for name, values in sorted(learned.items()):
+        if name.startswith("nfe/"):
+            continue
+        result[name] = values[0].max() if name in objective.on_policy else values.mean()
+    if "ratio/max_deviation" in learned:
+        result["ratio/drift"] = learned["ratio/max_deviation"].max()
+    return result
+
+
+def throughput(
+    settings: Settings, line: Mapping[str, Any], timer: metrics.PhaseTimer, policy: Policy, mesh: Any
+) -> dict[str, float]:
+    """Pictures a second, and the share of the devices' peak where that is known; what is recomputed does not count."""
+    cost = Cost(line["nfe/rollout"], line["nfe/update"], line["nfe/gradient"])
+    flops = policy.flops * sum(cost.work(adapters=settings.model.lora.rank > 0).values())
+    return metrics.throughput(timer, settings.samples, flops, mesh.size, settings.config.one_step_off_policy)
 
 
 def main(_):  # noqa: D103

@@ -30,11 +30,11 @@ def pytest_sessionfinish(session):
 
 
 def toy_velocity(params, x, sigma, cond):
-    """v = tanh(x W + cond + sigma b); x [B, S, C], cond [B, C]."""
-    return jnp.tanh(x @ params["w"] + cond[:, None] + sigma * params["b"])
+    """v = tanh(x W + cond + sigma b); x [B, S, C], sigma [B], cond [B, C]. Bind the parameters with `partial`."""
+    return jnp.tanh(x @ params["w"] + cond[:, None] + sigma[:, None, None] * params["b"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy():
     """(velocity, params, noise [P=2, S=3, C=4], cond [P, C])."""
     keys = jax.random.split(jax.random.key(0), 4)

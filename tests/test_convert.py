@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from mixgrpo_jax import convert as converter
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.io import weights
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rl.update import init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.runtime.mesh import virtual_devices
@@ -108,17 +109,30 @@ def test_dtype_is_that_asked_for(tmp_path):
     assert_same(tensors_of(tmp_path / "back"), rounded)
 
 
-def save_run(workdir, base, settings, trained, average):
-    """A run's workdir, as train leaves it."""
+class FirstState(NamedTuple):
+    """The train state of version 1."""
+
+    params: Any
+    opt_state: Any
+    ema: Any
+    step: Any
+
+
+def save_run(workdir, base, settings, trained, averages, version=2):
+    """A run's workdir, as train leaves it, of version 2 of the checkpoints or of another; it evaluates the first."""
     state = init_state(jax.tree.map(jnp.asarray, trained), optax.adam(1e-3))
-    state = state._replace(ema=jax.tree.map(jnp.asarray, average) if average else None)
+    state = state._replace(averages=jax.tree.map(jnp.asarray, averages))
+    host = {"version": version, "planned": {}}
+    rules = {"evaluation": {"average": next(iter(averages), "")}}
+    if version == 1:
+        state, host = FirstState(state.params, state.opt_state, state.averages.get("ema"), state.step), {"window": {}}
+        rules = {"optimizer": {"ema_decay": 0.9 if averages else 0.0}}
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(1, init_state(jax.tree.map(jnp.zeros_like, state.params), optax.adam(1e-3)), {}, force=True)
-    checkpoints.save(2, state, {"window": {}}, force=True)
+    checkpoints.save(1, jax.tree.map(jnp.zeros_like, state), {}, force=True)
+    checkpoints.save(2, state, host, force=True)
     checkpoints.close()
     model = {"folder": str(base.parent), "transformer": "", "lora": dataclasses.asdict(settings)}
-    run = {"seed": 0, "model": model, "optimizer": {"ema_decay": 0.9 if average else 0.0}}
-    (workdir / "config.json").write_text(json.dumps(run))
+    (workdir / "config.json").write_text(json.dumps({"seed": 0, "model": model} | rules))
     return workdir
 
 
@@ -131,17 +145,21 @@ def random_adapters(seed, config=LORA):
 def full_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     base = save_transformer(folder / "base" / "transformer", ml_dtypes.bfloat16)
-    return save_run(folder / "run", base, LoraConfig(), random_params(1), random_params(2))
+    averages = {"ema": random_params(2), "old": random_params(3)}
+    return save_run(folder / "run", base, LoraConfig(), random_params(1), averages)
 
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     base = save_transformer(folder / "base" / "transformer", ml_dtypes.bfloat16)
-    return save_run(folder / "run", base, LORA, random_adapters(1), random_adapters(2))
+    return save_run(folder / "run", base, LORA, random_adapters(1), {"ema": random_adapters(2)})
 
 
-@pytest.mark.parametrize("to, which, seed", [("diffusers", "ema", 2), ("diffusers", "raw", 1), ("orbax", "ema", 2)])
+@pytest.mark.parametrize(
+    "to, which, seed",
+    [("diffusers", "", 2), ("diffusers", "raw", 1), ("orbax", "ema", 2), ("diffusers", "old", 3)],
+)
 def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
     convert(full_run, tmp_path / "out", to, which=which)
     _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
@@ -151,9 +169,30 @@ def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
 
 def test_a_run_without_an_average_gives_its_parameters(tmp_path, full_run):
     base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
-    convert(save_run(tmp_path / "run", base, LoraConfig(), random_params(1), None), tmp_path / "out", "diffusers")
+    for version in (1, 2):
+        run = save_run(tmp_path / f"run{version}", base, LoraConfig(), random_params(1), {}, version)
+        convert(run, tmp_path / f"out{version}", "diffusers")
+        _, params = flux.TRANSFORMER.load_folder(tmp_path / f"out{version}")
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(1))
+        with pytest.raises(ValueError, match="--weights='ema': the run keeps no such average; choose from raw"):
+            convert(run, tmp_path / "refused", "diffusers", which="ema")
+
+
+@pytest.mark.parametrize("which, seed", [("", 2), ("ema", 2), ("raw", 1)])
+def test_a_run_of_the_first_version_is_read(tmp_path, full_run, which, seed):
+    base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
+    run = save_run(tmp_path / "run", base, LoraConfig(), random_params(1), {"ema": random_params(2)}, version=1)
+    convert(run, tmp_path / "out", "diffusers", which=which)
     _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(1))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(seed))
+
+
+def test_a_run_of_a_later_version_is_refused_by_name(tmp_path, full_run):
+    base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
+    run = save_run(tmp_path / "run", base, LoraConfig(), random_params(1), {}, version=99)
+    with pytest.raises(ValueError, match=r"checkpoints/2 is version 99 of mixgrpo_jax's checkpoints.*install a later"):
+        convert(run, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype, to", [("", "diffusers"), ("float32", "orbax")])
@@ -283,7 +322,11 @@ def test_a_source_that_cannot_be_is_refused_before_anything_is_written(tmp_path,
         ("full_run", dict(to="diffusers", merge=True), "--merge: the run has trained all parameters"),
         ("full_run", dict(to="gguf"), "--to='gguf' is unknown: choose one of"),
         ("full_run", dict(to="orbax", dtype="float16"), "--dtype='float16' is unknown"),
-        ("full_run", dict(to="orbax", which="best"), "--weights='best' is unknown"),
+        (
+            "full_run",
+            dict(to="orbax", which="best"),
+            "--weights='best': .* no such average; .* ema, old, raw",
+        ),
     ],
 )
 def test_options_must_fit_the_run(tmp_path, request, run, options, message):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.evaluate import evaluate, table
+from mixgrpo_jax.engine.held_out import table
+from mixgrpo_jax.evaluate import evaluate
 from mixgrpo_jax.models import families
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")

@@ -1,39 +1,91 @@
-"""The shape of the package: imports run downwards only, and what a newcomer is told is true."""
+"""The shape of the package: imports run downwards only, and what is optional stays away until it is named."""
 
 import ast
 import pathlib
 
 import pytest
 
+from tests.python import run_program
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "mixgrpo_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "app.run(" in path.read_text()}
+
+# A room, and the rooms that it may import beside itself.
 MAY_IMPORT = {
-    "flow": {"flow"},
-    "models": {"models"},
-    "data": {"data", "models"},
-    "tasks": {"tasks", "data", "models", "rewards"},
-    "runtime": {"runtime"},
-    "rl": {"rl", "flow"},
-    "rewards": {"rewards", "models"},
+    "flow": set(),
+    "rl": {"flow"},
+    "models": set(),
+    "rewards": {"models"},
+    "data": {"models"},
+    "tasks": {"data", "models", "rewards"},
+    "runtime": set(),
+    "engine": {"config", "flow", "rl", "models", "rewards", "data", "tasks", "runtime"},
 }
+# What the config reads of models: names and settings, and no model.
+LIGHT = {"models", "models.nn", "models.nn.attention", "models.nn.placement", "models.nn.remat", "models.lora_config"}
 
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively, line {node.lineno}: the other tests do not see that"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
+def ours(path):
+    return [name.split(".")[1:] for name in imports(path) if name.startswith("mixgrpo_jax.")]
+
+
+def test_every_folder_is_a_room():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(MAY_IMPORT)
+    assert {"train", "evaluate", "sample", "encode", "convert", "estimate", "pretrain", "serve_rewards"} <= COMMANDS
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_run_downwards(room):
-    files = list((PACKAGE / room).rglob("*.py"))
+    files = [path for path in FILES if path.is_relative_to(PACKAGE / room)]
     assert files
     for path in files:
-        ours = {name.split(".")[1] for name in imports(path) if name.startswith("mixgrpo_jax.")}
-        assert ours <= MAY_IMPORT[room], f"{path} imports {sorted(ours - MAY_IMPORT[room])}"
+        others = {name[0] for name in ours(path)} - {room}
+        assert others <= MAY_IMPORT[room], f"{path} imports {sorted(others - MAY_IMPORT[room])}"
+
+
+def test_nothing_imports_a_command():
+    for path in FILES:
+        assert not {name[0] for name in ours(path)} & COMMANDS, f"{path} imports a command"
+
+
+def test_no_model_family_is_imported():
+    for path in set(FILES) - set((PACKAGE / "models" / "flux").rglob("*.py")):
+        families = [name for name in ours(path) if name[0] == "models" and "flux" in name]
+        assert not families, f"{path} imports {families}: families are loaded by their names"
 
 
 def test_no_torch_or_tensorflow_at_run_time():
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         assert not {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "tensorflow"}, path
+
+
+def brought_by(module):
+    """Which of our modules an import brings along, without the package's name."""
+    printed = run_program(f"import sys, {module}\nprint(*sys.modules)")
+    return {name.partition(".")[2] for name in printed.split() if name.startswith("mixgrpo_jax.")}
+
+
+def test_the_package_alone_brings_nothing():
+    printed = run_program("import sys, mixgrpo_jax\nprint(*sys.modules)").split()
+    assert "mixgrpo_jax" in printed
+    assert not [name for name in printed if name.split(".")[0] in ("jax", "numpy") or name.startswith("mixgrpo_jax.")]
+
+
+@pytest.mark.parametrize("module", ["flow", "flow.rollout", "rl.update"])
+def test_the_method_alone_brings_no_model_reward_task_or_data(module):
+    assert {name.split(".")[0] for name in brought_by(f"mixgrpo_jax.{module}")} <= {"flow", "rl"}
+
+
+def test_the_config_alone_brings_no_model_reward_task_or_data():
+    others = {name for name in brought_by("mixgrpo_jax.config") if name.split(".")[0] not in ("config", "flow", "rl")}
+    assert others - LIGHT == {"rewards", "tasks"}, "their tables, and nothing that these name"

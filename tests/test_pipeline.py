@@ -15,9 +15,11 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax import train
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.encode import encode
+from mixgrpo_jax.engine.loading import host_state
+from mixgrpo_jax.flow.plans.window import WindowState
 from mixgrpo_jax.models import families, lora
-from mixgrpo_jax.models.lora import LoraConfig
-from mixgrpo_jax.rl.update import init_state
+from mixgrpo_jax.models.lora_config import LoraConfig
+from mixgrpo_jax.rl.update import Average, init_state
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.sample import sample
 from mixgrpo_jax.tasks.signs import data as signs
@@ -138,7 +140,7 @@ def test_trained_on_cached_features_and_exported_to_diffusers(pipeline, folder, 
     config.data.name, config.data.folder = "features", str(tmp_path / "features")
     config.rewards = dict(colour=1.0)
     config.model.lora.rank, config.model.lora.alpha, config.model.lora.base = rank, 8.0, "float32"
-    config.iterations, config.optimizer.learning_rate, config.optimizer.ema_decay = 2, 3e-3, 0.5
+    config.iterations, config.optimizer.learning_rate, config.averages.ema.decay = 2, 3e-3, 0.5
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
     config.plan.num_steps, config.plan.length = 5, 2
     config.evaluation.prompts = 2
@@ -167,11 +169,15 @@ def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
     noise = np.random.default_rng(2).standard_normal((2, 15, 16)).astype(np.float32)
     parts, params = families.load(folder)
     state = init_state(
-        lora.init(LoraConfig(rank=4).on(parts.family.targets), params["transformer"], jax.random.key(0)), optax.sgd(0.0)
+        lora.init(LoraConfig(rank=4).on(parts.family.targets), params["transformer"], jax.random.key(0)),
+        optax.sgd(0.0),
+        {"ema": Average()},
     )
     moved = jax.tree.map(lambda leaf: leaf + 0.3, state.params)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state._replace(params=moved, ema=moved), {}, force=True)
+    checkpoints.save(
+        1, state._replace(params=moved, averages={"ema": moved}), host_state(WindowState(0, 0, 1)), force=True
+    )
     checkpoints.close()
 
     pictures = {}

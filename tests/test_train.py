@@ -5,7 +5,8 @@ import json
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,11 @@ from PIL import Image
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
+from mixgrpo_jax.engine.collect import Collector
+from mixgrpo_jax.flow.kernels import by_sample
+from mixgrpo_jax.models.io import orbax_io
+from mixgrpo_jax.rewards.function import function_reward
+from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
 from tests.python import ROOT, run_program
@@ -25,7 +31,11 @@ def tiny(recipe="mixgrpo", iterations=4):
     config = configs.load(recipe, CONFIGS)
     config.iterations = iterations
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
-    config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 5, 2, 1
+    config.plan.num_steps = 5
+    if "length" in config.plan:
+        config.plan.length, config.plan.iterations_per_window = 2, 1
+    if recipe == "flow_grpo":
+        config.plan.bound = 5
     config.evaluation.prompts = config.evaluation.batch = 8
     config.evaluation.num_steps = 2
     config.checkpoint.every = 2
@@ -52,14 +62,28 @@ def test_what_a_run_leaves(straight):
     assert [line["window/start"] for line in log[1:]] == [0, 1, 2, 2]
     for line in log[1:]:
         start = line["window/start"]
-        assert line["nfe/rollout"] == start * 2 + (5 - start) * 8
-        assert line["nfe/update"] == 2 * 8
+        assert line["window/length"] == 2
+        assert line["nfe/rollout"] == line["nfe/rollout_used"] == start * 2 + (5 - start) * 8
+        assert line["nfe/update"] == line["nfe/gradient"] == 2 * 8
         assert line["compilations"] == 2
-        assert line["ratio/max_deviation"] < 1e-4
-        assert line["ratio/drift"] >= line["ratio/max_deviation"]
-        assert 0 <= line["reward/ocr/mean"] <= 1
-    assert log[-1]["held_out/strict/mean"] == scores["strict"].mean()
-    assert log[0]["held_out/ocr/mean"] >= 0
+        for name in ("reward/ocr", "reward/colour", "watched/strict"):
+            assert 0 <= line[f"{name}/mean"] <= 1 and 0 < line[f"{name}/std"] <= 0.5
+        assert 0.1 < line["advantage/abs_mean"] <= 5
+        assert line["ratio/max_deviation"] < 5e-5 and line["ratio/max_deviation"] < line["ratio/drift"] < 0.1
+        assert 0 <= line["ratio/clip_fraction"] < 1 and line["ratio/mean"] == pytest.approx(1, abs=0.01)
+        assert line["loss/total"] == line["loss/policy"] and 0 < abs(line["loss/total"]) < 5
+        assert 0 < line["grad_norm"] < 10
+        assert not [name for name in line if name.startswith(("kl/", "mse/", "velocity/"))]  # nobody asked for them
+    for line, held_out in ((log[0], True), *((line, False) for line in log[1:-1]), (log[-1], True)):
+        assert [name for name in line if name.startswith("held_out/")] == [
+            f"held_out/{name}/{what}" for what in ("mean", "std") for name in scores if held_out
+        ]
+    assert all(log[-1][f"held_out/{name}/mean"] == values.mean() for name, values in scores.items())
+    timed = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    phases = [timed[f"time/{phase}"] for phase in ("rollout", "decode", "reward", "update")]
+    assert min(phases) > 0 and timed["time/iteration"] == pytest.approx(sum(phases))
+    assert timed["time/images_per_second"] == pytest.approx(8 / sum(phases))
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 714
     for name in ("before_after.png", "rewards.png"):
         assert np.asarray(Image.open(workdir / name)).std() > 1
 
@@ -69,22 +93,25 @@ def test_the_same_command_gives_the_same_run(straight, tmp_path):
     assert lines(tmp_path) == lines(straight[0])
 
 
-def test_stopped_and_resumed_gives_the_same_run(straight, tmp_path, monkeypatch):
-    calls = []
+def stopped(config, workdir, iteration):
+    """Train, and be interrupted in an iteration, when its samples are scored."""
+    calls, learn = [], Collector.learn
 
-    def stop_in_the_fourth(*args):
+    def stop(*args):
         calls.append(0)
-        if len(calls) == 4:
+        if len(calls) == iteration:
             raise KeyboardInterrupt
-        return advantages(*args)
+        return learn(*args)
 
-    advantages = train.advantages
-    monkeypatch.setattr(train, "advantages", stop_in_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(tiny(), tmp_path)
-    assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2, 3]
-    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # none is half written
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Collector, "learn", stop)
+        train.train(config, workdir)
+    assert [line["iteration"] for line in lines(workdir)] == list(range(iteration))
+    assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())  # none is half written
+
+
+def test_stopped_and_resumed_gives_the_same_run(straight, tmp_path):
+    stopped(tiny(), tmp_path, 4)
     train.train(tiny(), tmp_path)  # from the checkpoint at 2; line 3 is written anew
     assert lines(tmp_path) == lines(straight[0])
 
@@ -94,7 +121,7 @@ def test_evaluate_and_sample_read_the_checkpoint(straight):
     config = tiny()
     assert evaluate.evaluate(config, workdir)["strict"] == pytest.approx(scores["strict"].mean())
     assert evaluate.evaluate(config, workdir)["colour"] == pytest.approx(scores["colour"].mean())
-    config.evaluation.ema = False
+    config.evaluation.average = ""
     assert evaluate.evaluate(config, workdir)["colour"] != pytest.approx(scores["colour"].mean())
     prompts = ["a blue sign that says 4270 in white", "a pink sign that says 8 in black"]
     both = sample(config, workdir, prompts)
@@ -110,13 +137,40 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mixgrpo_flash_s
 @pytest.mark.parametrize("recipe", ["mixgrpo_flash", "flow_grpo", *SLOW])
 def test_recipes_train(recipe, tmp_path):
     config = tiny(recipe, iterations=2)
-    if recipe == "flow_grpo":
-        config.plan.bound = 5
     train.train(config, tmp_path)
-    log = lines(tmp_path)
-    assert log[-1]["compilations"] == 2
-    assert log[-1]["ratio/max_deviation"] < 1e-4
-    assert ("kl/reference" in log[-1]) == (recipe == "flow_grpo")
+    check_costs(recipe, lines(tmp_path))
+
+
+# By recipe, at T=5, w=2 with 2 prompts x 4: steps after the window's last (e), places trained, evaluations of an update
+# in samples beside the trained ones.
+COSTS = {
+    "mixgrpo": (lambda e: 5 - e, 2, 0),
+    "mixgrpo_cps": (lambda e: 5 - e, 2, 0),
+    "mixgrpo_flash": (lambda e: max(int(0.4 * (6 - e)), 2) - 1, 2, 0),
+    "mixgrpo_flash_star": (lambda e: max(int(0.2 * (6 - e)), 2) - 1, 2, 0),
+    "flow_grpo_fast": (lambda e: 5 - e, 2, 0),
+    "dancegrpo": (lambda e: 1, 2, 0),  # 0.6 of 4 steps, rounded down
+    "flow_grpo": (lambda e: 0, 4, 8 * 4),  # the base, at 0.99 of 5 steps
+    "nft": (lambda e: 5, 1, 8 + 8),  # "old", at 0.3 of 5 steps, and at the recorded step
+}
+
+
+def check_costs(recipe, log):
+    """Two programs, an exact number of evaluations, and a first update that is on policy, in every iteration."""
+    suffix, places, others = COSTS[recipe]
+    for line in log[1:]:
+        start = line.get("window/start", 0)
+        length = line.get("window/length", 0)
+        assert length == {"dancegrpo": 4, "flow_grpo": 5, "nft": 0}.get(recipe, 2)
+        assert line["nfe/rollout"] == line["nfe/rollout_used"] == 2 * start + 8 * (length + suffix(start + length))
+        assert (line["nfe/gradient"], line["nfe/update"]) == (8 * places, 8 * places + others), line["iteration"]
+        assert line["compilations"] == 2
+        assert ("kl/base" in line) == (recipe == "flow_grpo")
+        if recipe == "nft":
+            assert line["velocity/rollout_deviation"] < 1e-4 and line["velocity/moved"] > 0
+        else:
+            assert line["ratio/max_deviation"] < 5e-5
+        assert line["grad_norm"] > 0
 
 
 def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
@@ -125,6 +179,27 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
     config.objective.reduce = "sum"
     with pytest.raises(RuntimeError, match=r"rollout and update disagree.* at step \d \(sigma"):
         train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_parameters_that_are_not_finite_are_never_saved(small_policy, tmp_path, iterations):
+    config = fast(small_policy, iterations)
+    config.checkpoint.every, config.optimizer.learning_rate, config.batch.updates = 1, 1e25, 1
+    with pytest.raises(
+        RuntimeError, match=r"iteration 1, update 1: param_norm is not finite, with grad_norm=\d.*saved"
+    ):
+        train.train(config, tmp_path)
+    assert not any((tmp_path / "checkpoints").iterdir())
+    config.optimizer.learning_rate = 1e-5
+    train.train(config, tmp_path)
+    assert lines(tmp_path)[-1]["iteration"] == iterations
+
+
+def test_what_is_not_finite_is_named():
+    learned = {"grad_norm": np.array([1.0, np.inf]), "loss/total": np.zeros(2), "nfe/update": np.int32(3)}
+    with pytest.raises(RuntimeError, match="iteration 7, update 2: grad_norm is not finite, with grad_norm=inf"):
+        train.check_finite(learned, 7)
+    train.check_finite(learned | {"grad_norm": np.ones(2)}, 7)
 
 
 SIZES = (
@@ -178,7 +253,7 @@ class Recorded(NamedTuple):
     calls: list[str]  # "rollout", "decode", "update", in order
     rollouts: list  # (parameters on the host, Rollout)
     decoded: list  # pictures
-    updates: list  # (parameters on the host, rows)
+    updates: list  # (parameters and averages on the host, Batch)
 
 
 @pytest.fixture
@@ -200,12 +275,11 @@ def recorded(monkeypatch):
             seen.decoded.append(programs.decode(*args))
             return seen.decoded[-1]
 
-        def update(state, base, rows, *rest):
+        def update(state, base, batch, *rest):
             seen.calls.append("update")
-            seen.updates.append((jax.tree.map(np.array, state.params), rows))
-            return programs.update(state, base, rows, *rest)
+            seen.updates.append((jax.tree.map(np.array, state.params), jax.tree.map(np.array, state.averages), batch))
+            return programs.update(state, base, batch, *rest)
 
-        rollout._cache_size, update._cache_size = programs.rollout._cache_size, programs.update._cache_size
         return programs._replace(rollout=rollout, decode=decode, update=update)
 
     make_programs = train.make_programs
@@ -213,13 +287,15 @@ def recorded(monkeypatch):
     return seen
 
 
-def fast(folder, iterations=1, **changes):
+def fast(folder, iterations=1, recipe="mixgrpo", **changes):
     """A run of that policy whose only reward is a function that a test may set, `slow_reward`."""
-    config = tiny(iterations=iterations)
+    config = tiny(recipe, iterations)
     config.model.folder = str(folder)
     config.rewards, config.watched = dict(slow=1.0), ()
     config.reward_options = dict(slow=dict(kind="function", path=f"{__name__}:slow_reward"))
-    config.plan.num_steps, config.plan.length = 3, 1
+    config.plan.num_steps = 3
+    if "length" in config.plan:
+        config.plan.length = 1
     config.evaluation.prompts = config.evaluation.batch = 2
     config.evaluation.num_steps = 1
     config.optimizer.learning_rate = 1e-3
@@ -286,9 +362,9 @@ def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last
     config = fast(small_policy, 4, one_step_off_policy=True)
     config.ratio_tolerance, config.optimizer.learning_rate = 1e-5, 1e-2
     train.train(config, tmp_path)
-    parameters = [before for before, _ in recorded.updates]  # by iteration
+    parameters = [before for before, *_ in recorded.updates]  # by iteration
     for iteration, (drawn_by, rollout) in enumerate(recorded.rollouts):
-        assert recorded.updates[iteration][1] is rollout.rows
+        assert recorded.updates[iteration][2].rows is rollout.rows
         jax.tree.map(np.testing.assert_array_equal, drawn_by, parameters[max(iteration - 1, 0)])
     leaves = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in parameters]
     assert all((a != b).any() for a, b in itertools.pairwise(leaves))
@@ -297,22 +373,10 @@ def test_off_policy_an_update_gets_the_rollout_of_the_parameters_before_the_last
     assert lines(tmp_path)[-1]["compilations"] == 2
 
 
-def test_off_policy_stopped_and_resumed_gives_the_same_run(small_policy, tmp_path, monkeypatch):
+def test_off_policy_stopped_and_resumed_gives_the_same_run(small_policy, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train.train(fast(small_policy, 4, one_step_off_policy=True), straight)
-    calls, advantages = [], train.advantages
-
-    def stop_in_the_third(*args):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return advantages(*args)
-
-    monkeypatch.setattr(train, "advantages", stop_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(fast(small_policy, 4, one_step_off_policy=True), resumed)
-    assert [line["iteration"] for line in lines(resumed)] == [0, 1, 2]
-    monkeypatch.undo()
+    stopped(fast(small_policy, 4, one_step_off_policy=True), resumed, 3)
     train.train(fast(small_policy, 4, one_step_off_policy=True), resumed)  # from the checkpoint at 2
     assert lines(resumed) == lines(straight)
 
@@ -332,3 +396,134 @@ def test_a_reward_that_fails_stops_the_run_with_its_own_words(
     with pytest.raises(RuntimeError, match="out of paper at 4 pictures"):
         train.train(config, tmp_path)
     assert recorded.calls.count("update") == off_policy
+
+
+SWEPT = ["mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"]
+
+
+@pytest.mark.parametrize("recipe", SWEPT)
+def test_two_programs_serve_every_position_of_the_window(small_policy, tmp_path, recipe):
+    config = fast(small_policy, 4, recipe)
+    config.plan.num_steps, config.plan.length = 5, 2
+    config.plan.strategy, config.plan.at_end = "progressive", "roll_back"  # Flash*'s stays where it is
+    train.train(config, tmp_path)
+    log = lines(tmp_path)
+    assert [line["window/start"] for line in log[1:]] == [0, 1, 2, 0]
+    check_costs(recipe, log)
+
+
+@pytest.mark.parametrize("recipe", sorted(COSTS.keys() - SWEPT))
+def test_every_recipe_costs_what_its_formula_says(small_policy, tmp_path, recipe):
+    config = fast(small_policy, 2, recipe)
+    config.plan.num_steps = 5
+    if "length" in config.plan:
+        config.plan.length = 2
+    train.train(config, tmp_path)
+    check_costs(recipe, lines(tmp_path))
+
+
+def nft(folder, iterations):
+    """DiffusionNFT whose average "old" stays behind the parameters, and moves as slowly from the first iteration on."""
+    config = fast(folder, iterations, "nft")
+    config.averages.old.rate, config.averages.old.decay = 0.0, 0.9
+    config.optimizer.learning_rate = 1e-2
+    return config
+
+
+def test_nft_draws_by_its_average_and_trains_the_parameters(small_policy, recorded, tmp_path):
+    train.train(nft(small_policy, 3), tmp_path)
+    first = recorded.updates[0][0]
+    for iteration, ((drawn_by, rollout), (params, averages, batch)) in enumerate(
+        zip(recorded.rollouts, recorded.updates, strict=True)
+    ):
+        jax.tree.map(np.testing.assert_array_equal, drawn_by, averages["old"])
+        assert batch.x0 is rollout.x0 and len(batch.rows) == 1
+        distance = [apart(params, other) for other in (averages["old"], averages["ema"], first)]
+        assert (min(distance) > 0) == (max(distance) > 0) == (iteration > 0)
+        if iteration == 1:  # moved once, by the iteration and not by its two updates
+            expected = jax.tree.map(lambda before, after: 0.9 * before + 0.1 * after, first, params)
+            assert apart(averages["old"], expected) < 1e-6 < 0.1 * apart(averages["old"], averages["ema"])
+    log = lines(tmp_path)
+    check_costs_of_nft = [(line["nfe/update"], line["nfe/gradient"], line["compilations"]) for line in log[1:]]
+    assert check_costs_of_nft == [(8 + 2 * 8, 8, 2)] * 3
+    assert all(line["velocity/rollout_deviation"] < 1e-4 for line in log[1:])
+
+
+def apart(a, b):
+    """The largest difference between two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+def test_averages_by_update_and_by_iteration_resume_bit_for_bit(small_policy, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(nft(small_policy, 4), straight)
+    stopped(nft(small_policy, 4), resumed, 4)
+    train.train(nft(small_policy, 4), resumed)  # from the checkpoint at 2
+    assert lines(resumed) == lines(straight)
+    for part in (("params",), ("averages", "ema"), ("averages", "old")):
+        ends = [orbax_io.lazy_restore(path / "checkpoints" / "4" / "state", part) for path in (straight, resumed)]
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[()], b[()]), *ends)
+
+
+built = []
+
+
+def counted(path):
+    """`function_reward`, and a count of its calls."""
+    built.append(path)
+    return function_reward(path)
+
+
+def test_a_run_builds_its_rewards_once(small_policy, tmp_path):
+    config = fast(small_policy, 2)
+    config.evaluation.every = 1
+    config.reward_options = dict(slow=dict(kind=f"{__name__}:counted", path=f"{__name__}:slow_reward"))
+    built.clear()
+    train.train(config, tmp_path)
+    assert built == [f"{__name__}:slow_reward"]
+
+
+def test_dancegrpo_trains_on_the_extremes_of_each_group(small_policy, recorded, tmp_path):
+    config = fast(small_policy, 2, "dancegrpo")
+    config.plan.num_steps = 5
+    config.select = configs.choose("select", "extremes", count=1)
+    config.batch.micro_batch = 2
+    train.train(config, tmp_path)
+    log = lines(tmp_path)
+    assert [(line["nfe/rollout"], line["nfe/update"], line["compilations"]) for line in log[1:]] == [(40, 8, 2)] * 2
+    for *_, batch in recorded.updates:
+        chosen = batch.weight.reshape(2, 4).astype(bool)
+        by_group = batch.advantage[0, :, 0].reshape(2, 4)
+        for row, kept in zip(by_group, chosen):
+            assert sorted(row[kept]) == [row.min(), row.max()]
+
+
+@dataclass(frozen=True)
+class Ascent(Objective):
+    """A toy: the clean estimate goes where the reward's gradient points."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"x0", "reward_grad"})
+
+    def __call__(self, roles, samples, key, tools):
+        x, _ = tools.sampler.noised(key, samples.id, samples.x0, samples.sigma)
+        estimate = x - by_sample(samples.sigma, x) * roles["train"](x, samples.sigma, samples.cond)
+        gradient = samples.extra["reward_grad"]
+        return -(gradient * estimate).sum((1, 2)), {"gradient/size": abs(gradient).sum((1, 2))}
+
+
+def test_an_objective_that_needs_the_rewards_gradient_gets_it(small_policy, recorded, tmp_path):
+    config = fast(small_policy, 3)
+    config.rewards, config.reward_options = dict(colour=2.0), {}
+    config.objective = configs.choose("objective", f"{__name__}:Ascent")
+    config.batch.decode = 4  # two chunks
+    train.train(config, tmp_path)
+    log = lines(tmp_path)
+    assert [line["compilations"] for line in log[1:]] == [2, 2, 2]
+    for line, (*_, batch) in zip(log[1:], recorded.updates, strict=True):
+        gradient = np.asarray(batch.extra["reward_grad"])
+        assert gradient.shape == (1, *batch.x0.shape) and batch.rows == ()
+        assert line["gradient/size"] == pytest.approx(np.abs(gradient).sum((0, 2, 3)).mean(), rel=1e-4)
+        assert line["gradient/size"] > 0
+    config.rewards = dict(strict=1.0)
+    with pytest.raises(ValueError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
+        train.train(config, tmp_path / "without")

@@ -9,11 +9,14 @@ import numpy as np
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.programs import make_programs
-from mixgrpo_jax.flow import plans
+from mixgrpo_jax.flow.plans import Plan
+from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.trainable import trainable_shapes
 from mixgrpo_jax.rewards.scoring import sketch
+from mixgrpo_jax.rl.select import All
+from mixgrpo_jax.rl.update import Batch
 from mixgrpo_jax.runtime import mesh as meshes
 
 # what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.
@@ -35,16 +38,16 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
     def spread(tree: Any, size: int) -> Any:
         return meshes.placed(tree, jax.tree.map(lambda _: meshes.batch_sharding(mesh, size), tree))
 
-    params = place(families.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.lora.rank else jnp.float32))
-    made = trainable_shapes(parts, params.pop("transformer"), settings.lora, settings.keep_base)
+    params = place(families.shapes(parts, text=text, dtype=jnp.bfloat16 if settings.model.lora.rank else jnp.float32))
+    made = trainable_shapes(parts, params.pop("transformer"), settings.model.lora, settings.keep_base)
     trainable = made._replace(params=place(made.params), base=place(made.base))
     frozen = params | {"base": trainable.base}
     programs = make_programs(settings, parts, trainable, mesh)
     state = place(jax.eval_shape(programs.init, trainable.params))
-    plan, key = plans.make_plan(settings.plan, plans.initial_state(settings.plan)), jax.eval_shape(jax.random.key, 0)
-    policy = parts.family.make(parts, config.model)
+    planner, key = settings.planner, jax.eval_shape(jax.random.key, 0)
+    plan = planner.plan(planner.initial(), settings.batch.prompts)
+    policy = parts.family.make(parts, settings.model)
     tokens, cond = policy.token_shapes(config.batch.prompts), policy.cond_shapes(config.batch.prompts)
-    advantage = np.zeros(settings.samples, np.float32)
     models = sketch([*config.rewards, *config.watched], config.reward_options)
 
     phases: dict[str, Any] = {}
@@ -62,14 +65,30 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
         scored = {name: model.lower(share, config.model.image_size, host) for name, model in models.items()}
         phases |= {name: program for name, (program, _) in scored.items()}
     with jax.set_mesh(mesh):
-        phases["update"] = programs.update.lower(state, trainable.base, sampled.rows, advantage, cond, plan.train)
+        phases["update"] = programs.update.lower(state, trainable.base, *_lesson(settings, sampled, cond, plan))
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
-    resident["base" if settings.lora.rank else "reference"] = size(trainable.base)
+    resident["base" if settings.model.lora.rank else "reference"] = size(trainable.base)
     resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
     resident |= {name: size(params) for name, (_, params) in scored.items()}
     return phases, resident
+
+
+def _lesson(settings: Settings, sampled: Rollout, cond: Any, plan: Plan) -> tuple[Batch, Plan, np.ndarray | None]:
+    """What an update is given, as `collect.Collector.learn` has it."""
+    count, needs, batch = settings.samples, settings.objective.needs, settings.batch
+    gradient: Any = jax.ShapeDtypeStruct((1, *sampled.x0.shape), np.float32)
+    given = Batch(
+        x0=sampled.x0 if "x0" in needs else None,
+        rows=sampled.rows if needs & {"rows", "ode_row"} else (),
+        advantage=np.zeros((1, count, 1), np.float32),
+        weight=np.ones(count, np.float32),
+        cond=cond,
+        extra={"reward_grad": gradient} if "reward_grad" in needs else {},
+    )
+    index, _ = settings.select(np.zeros((batch.prompts, batch.group)))
+    return given, plan, None if isinstance(settings.select, All) else index
 
 
 def compile_phase(lowered: Any) -> tuple[Any, float]:

@@ -5,7 +5,7 @@ the host scores some pictures, the devices make the next ones.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +14,14 @@ import numpy as np
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.programs import Programs
-from mixgrpo_jax.flow import plans
+from mixgrpo_jax.engine.reward_grad import RewardGrad
+from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
 from mixgrpo_jax.rewards.scoring import score_chunks
+from mixgrpo_jax.rl.select import All
+from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -27,20 +30,26 @@ from mixgrpo_jax.runtime.checkpoint import Checkpoints
 class Drawn(NamedTuple):
     """An iteration's samples, and what they are drawn for. Arrays may still be on their way."""
 
-    plan: plans.Plan
+    plan: Plan
     batch: dict[str, Any]  # of P prompts
     cond: Any  # what the policy is told of the prompts
     sampled: Rollout
     images: list[jax.Array]  # uint8 [b, H, W, 3], by chunk
 
 
+class Lesson(NamedTuple):
+    """What an iteration's scores teach: advantages of samples [B], and what the update is given of it."""
+
+    advantage: np.ndarray
+    given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
+
+
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class Collector:
     """Draws and scores the samples of any iteration.
 
     Attributes:
-        prompts: batch k is iteration k's, see `data`.
-        group_id: of each sample, its prompt's position in the batch, [B].
+        prompts: batch k is iteration k's, see `tasks`.
     """
 
     settings: Settings
@@ -49,19 +58,25 @@ class Drawing:
     frozen: dict[str, Any]
     prompts: Sequence[dict[str, Any]]
     rewards: Sequence[Reward]
-    group_id: np.ndarray
     mesh: Any
 
-    def start(self, trained: Any, window: plans.WindowState, saved: Checkpoints | None = None) -> Drawn:
-        """Ask the devices for the samples of the window's iteration and for their pictures, and return at once.
+    @functools.cached_property
+    def group(self) -> np.ndarray:
+        """Of each sample, its prompt's position in the batch, [B]."""
+        return np.repeat(np.arange(self.settings.batch.prompts), self.settings.batch.group)
 
-        With `saved`, the samples are those of its newest checkpoint.
+    def take(self, state: TrainState, planned: Any, saved: Checkpoints | None = None) -> Drawn:
+        """Ask the devices for the samples of a planner's state and for their pictures, and return at once.
+
+        The objective says which role draws them. With `saved`, they are those of its newest checkpoint.
         """
-        plan, batch = plans.make_plan(self.settings.plan, window), self.prompts[window.iteration]
+        settings, draws = self.settings, self.settings.objective.draws
+        plan, batch = settings.planner.plan(planned, settings.batch.prompts), self.prompts[planned.iteration]
         cond = batch.get("features") or self.programs.features(self.frozen, self.policy.tokenize(batch["prompt"]))
         cond = meshes.spread(cond, self.mesh)
-        key = jax.random.fold_in(jax.random.key(self.settings.config.seed), window.iteration)
-        asked = trained, self.frozen, plan, cond, key
+        key = jax.random.fold_in(jax.random.key(settings.config.seed), planned.iteration)
+        params = state.params if draws == "train" else state.averages[draws]
+        asked = params, self.frozen, plan, cond, key
         if saved:
             shapes = self.programs.rollout.eval_shape(*asked)
             sampled = saved.restore_samples(meshes.placed(shapes, self.programs.places))
@@ -72,6 +87,48 @@ class Drawing:
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
         """Scores of the samples by every reward, on every process."""
-        texts, metadata = ([drawn.batch[key][group] for group in self.group_id] for key in ("prompt", "metadata"))
         score = functools.partial(score_chunks, self.rewards)
-        return distributed.map_rows(score, drawn.images, list(self.programs.chunks), texts, metadata)
+        return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+
+    def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
+        """Advantages, and which samples are trained on with them."""
+        settings, sampled = self.settings, drawn.sampled
+        values = {name: score.value for name, score in scores.items()}
+        advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
+        by_group = advantage.reshape(settings.batch.prompts, -1)  # a group stands in a row
+        index, weight = settings.select(by_group)
+        everything = np.zeros(settings.samples, np.float32)
+        everything[index] = weight
+        needs = settings.objective.needs
+        batch = Batch(
+            x0=sampled.x0 if "x0" in needs else None,
+            rows=sampled.rows if needs & {"rows", "ode_row"} else (),
+            advantage=settings.advantage.over_places(advantage, scores, settings.rewards, sampled),
+            weight=everything,
+            cond=drawn.cond,
+            extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},
+        )
+        return Lesson(advantage, (batch, drawn.plan, None if isinstance(settings.select, All) else index))
+
+    def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """An iteration's evaluations of the model in samples, and the programs compiled so far."""
+        each = self.policy.evaluations
+        return {
+            "nfe/rollout": each * int(drawn.sampled.executed),
+            "nfe/rollout_used": each * int(drawn.sampled.used),
+            "nfe/update": each * int(learned["nfe/update"]),
+            "nfe/gradient": each * int(learned["nfe/gradient"]),
+            "compilations": self.programs.compilations(),
+        }
+
+    def _asked(self, drawn: Drawn) -> tuple[list, list]:
+        """Prompts and metadata by sample."""
+        prompts, metadata = ([drawn.batch[key][group] for group in self.group] for key in ("prompt", "metadata"))
+        return prompts, metadata
+
+    def _reward_grad(self, drawn: Drawn) -> jax.Array:
+        return self._gradient(self.frozen, drawn.sampled.x0, *self._asked(drawn))[1]
+
+    @functools.cached_property
+    def _gradient(self) -> RewardGrad:
+        return RewardGrad(self.policy, self.rewards, self.settings.rewards, self.programs.chunks, self.mesh)

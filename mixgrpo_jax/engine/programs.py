@@ -1,7 +1,9 @@
 """The compiled programs of an iteration: prompt features, rollout, decoding and update, on a mesh."""
 
 import functools
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,19 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import Settings
+from mixgrpo_jax.config import BatchSizes, Optimizer, Settings
+from mixgrpo_jax.flow import plans
+from mixgrpo_jax.flow.plans import Layout
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
 from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable
-from mixgrpo_jax.rl import objectives
-from mixgrpo_jax.rl.update import init_state, make_update
+from mixgrpo_jax.rl import select
+from mixgrpo_jax.rl.samples import Roles, Tools
+from mixgrpo_jax.rl.terms import make_terms
+from mixgrpo_jax.rl.update import MakeRoles, init_state, make_update
 from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.metrics import compilations
 
 
 class Programs(NamedTuple):
@@ -27,36 +34,37 @@ class Programs(NamedTuple):
     features: Any  # frozen, tokens -> cond
     rollout: Any  # trained, frozen, plan, cond, key -> Rollout
     decode: Any  # frozen, x0 [B, S, C], k -> images [b, H, W, 3] uint8 of the samples chunks[k]
-    update: Any  # TrainState, base, rows, advantage, cond, train -> TrainState, metrics
+    update: Any  # TrainState, base, Batch, plan, chosen [P', G'] -> TrainState, metrics
     chunks: np.ndarray  # [n, b]: the samples that are decoded at a time
     places: Rollout  # shardings of a rollout
+    compiled: int  # versions of a rollout or an update that the process had compiled before
 
     def compilations(self) -> int:
         """Versions of the rollout and of the update compiled so far: two, if nothing moved that should be data."""
-        return self.rollout._cache_size() + self.update._cache_size()
+        return compilations("draw_samples", "update_policy") - self.compiled
 
 
 def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: Any) -> Programs:
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
-    config = settings.config
-    policy = parts.family.make(parts, config.model)
-    for what, tokens in (("model.image_size", policy.latent_shape[0]), ("model.text_length", config.model.text_length)):
+    policy = parts.family.make(parts, settings.model)
+    for what, tokens in (
+        ("model.image_size", policy.latent_shape[0]),
+        ("model.text_length", settings.model.text_length),
+    ):
         if tokens % mesh.shape["context"]:
             raise ValueError(
                 f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of {what}: choose a divisor"
             )
     whole: Any = meshes.replicated(mesh)
-    by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
-    by_row: Any = meshes.batch_sharding(mesh, settings.samples, axis=1)
-    chunks = decode_chunks(settings.samples, config.batch.decode, meshes.batch_ways(mesh))
-    sampled = Rollout(by_sample, Rows(by_row, by_row, by_row, whole, whole), whole)
+    chunks = decode_chunks(settings.samples, settings.batch.decode, meshes.batch_ways(mesh))
+    sampled = rollout_places(settings, mesh)
 
-    optimiser = make_optimiser(config.optimizer, config.iterations * config.batch.updates)
-    fresh = functools.partial(init_state, optimiser=optimiser, average=config.optimizer.ema_decay > 0)
+    optimiser = make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
+    fresh = functools.partial(init_state, optimiser=optimiser, averages=settings.averages)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), parts.family.rules, mesh)
     return Programs(
         init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
-        features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, config.batch.prompts)),
+        features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, settings.batch.prompts)),
         rollout=jax.jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
         decode=jax.jit(
             functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
@@ -70,6 +78,7 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
         ),
         chunks=chunks,
         places=sampled,
+        compiled=compilations("draw_samples", "update_policy"),
     )
 
 
@@ -95,33 +104,40 @@ def _decode(policy: Policy, num_chunks: int, ways: int, frozen: Any, x0: Array, 
     return policy.decode(frozen, x.reshape(-1, *x0.shape[1:]))
 
 
+def rollout_places(settings: Settings, mesh: Any) -> Any:
+    """Shardings of a rollout: samples, and the nodes of recorded steps, over the batch axes."""
+    layout, whole = settings.planner.layout, cast(Any, meshes.replicated(mesh))
+    sizes = plans.nodes(layout, prefix_rows(layout, settings.batch, mesh), settings.samples)
+    by_node: list[Any] = [meshes.batch_sharding(mesh, n, axis=1) for s, n in zip(layout, sizes) if s.record]
+    rows = tuple(Rows(*[place] * len(Rows._fields)) for place in by_node)
+    by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
+    return Rollout(by_sample, rows, whole, whole)
+
+
 def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> Any:
-    """`run(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
-    policy = parts.family.make(parts, settings.config.model, remat="none")  # nothing is kept, so nothing is recomputed
-    batch = settings.config.batch
-    repeats = prefix_rows(batch, mesh) // batch.prompts
-    dtype, parts_of_each = jnp.dtype(settings.config.model.dtype), settings.config.mesh.rollout_fsdp
+    """`draw_samples(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
+    policy = parts.family.make(parts, settings.model, remat="none")  # nothing is kept, so nothing is recomputed
+    batch, layout = settings.batch, settings.planner.layout
+    rows = prefix_rows(layout, batch, mesh)
+    dtype, parts_of_each = jnp.dtype(settings.model.dtype), settings.mesh.rollout_fsdp
     light = None if parts_of_each is None else meshes.with_fsdp(mesh, parts_of_each)
 
-    def run(trained, frozen, plan, cond, key) -> Rollout:
+    def draw_samples(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
-        cond = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), cond)
-        own = jnp.arange(batch.prompts * repeats)
-        ids = own // repeats if batch.shared_noise else own
-        noise: Array = initial_noise(settings.sampler, noise_key, ids, policy.latent_shape)
+        ids = jnp.arange(rows) // (rows // batch.prompts if batch.shared_noise else 1)
+        params = attach(*(_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"])))
         return rollout(
-            policy.velocity,
-            attach(*(_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"]))),
+            functools.partial(policy.velocity, params),
             plan,
-            noise,
+            initial_noise(settings.sampler, noise_key, ids, policy.latent_shape),
             cond,
             step_key,
+            jnp.arange(settings.samples),
+            layout=layout,
             sampler=settings.sampler,
-            window_length=settings.plan.window_length,
-            group_size=batch.group // repeats,
         )
 
-    return run
+    return draw_samples
 
 
 def _lighten(params: Any, dtype: Any, rules: Rules, mesh: Any) -> Any:
@@ -136,33 +152,56 @@ def _lighten(params: Any, dtype: Any, rules: Rules, mesh: Any) -> Any:
     return params if mesh is None else jax.lax.with_sharding_constraint(params, meshes.shardings(params, rules, mesh))
 
 
-def prefix_rows(batch: Any, mesh: Any) -> int:
-    """Rows of a rollout's prefix: one a prompt where the group shares its noise, else one a sample.
+def prefix_rows(layout: Layout, batch: BatchSizes, mesh: Any) -> int:
+    """Rows with which a rollout begins: one a prompt where the group shares its noise, else one a sample.
 
     Prompts that do not divide over the batch axes would run whole on every device, so each then has as many rows as
-    it takes; at most its group.
+    it takes and as the layout's branches allow; at most its group.
     """
     if not batch.shared_noise:
         return batch.prompts * batch.group
-    divisors = [n for n in range(1, batch.group + 1) if batch.group % n == 0]
+
+    def fits(rows: int) -> bool:  # every branch makes whole rows of whole rows
+        sizes = [rows, *plans.nodes(layout, rows, batch.group)]
+        return all(after % before == 0 for before, after in itertools.pairwise(sizes))
+
     ways = meshes.batch_ways(mesh)
-    return batch.prompts * next((n for n in divisors if batch.prompts * n % ways == 0), 1)
+    allowed = [rows for rows in range(1, batch.group + 1) if batch.group % rows == 0 and fits(rows)]
+    return batch.prompts * next((rows for rows in allowed if batch.prompts * rows % ways == 0), 1)
+
+
+def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles:
+    """`(params, averages, base) -> roles`: the policy's velocity, bound to each of the parameters asked for."""
+
+    def roles(params: Any, averages: Mapping[str, Any], base: Any) -> Roles:
+        trained = {"train": params} | {name: averages[name] for name in averages if name in settings.roles}
+        bound = {name: functools.partial(velocity, attach(own, base)) for name, own in trained.items()}
+        return bound | ({"base": functools.partial(velocity, base)} if "base" in settings.roles else {})
+
+    return roles
 
 
 def _make_update(settings: Settings, policy: Policy, attach: Any, optimiser: Any) -> Any:
-    objective = objectives.grpo(policy.velocity, settings.sampler, settings.objective)
-    config = settings.config
-    return make_update(
-        lambda trained, base, row: objective(attach(trained, base), base, row),
+    update = make_update(
+        settings.objective,
+        make_roles(settings, policy.velocity, attach),
         optimiser,
-        num_updates=config.batch.updates,
-        micro_batch=config.batch.micro_batch,
-        ema_decay=config.optimizer.ema_decay,
-        key=jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2),  # apart from every iteration's
+        Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens),
+        num_updates=settings.batch.updates,
+        micro_batch=settings.batch.micro_batch,
+        averages=settings.averages,
+        key=jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 2),  # apart from every iteration's
     )
 
+    def update_policy(state, base, batch, plan, chosen=None):
+        if chosen is not None:
+            batch, plan = select.take(batch, plan, chosen, settings.batch.group)
+        return update(state, base, batch, plan)
 
-def make_optimiser(options: Any, num_updates: int) -> optax.GradientTransformation:
+    return update_policy
+
+
+def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransformation:
     """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
 
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.

@@ -1,16 +1,15 @@
 """Stochastic steps: Gaussian transitions p(x' | x) that keep the flow's marginals and make its samples explorable.
 
-Every kernel is `(x, v, sigma, sigma_next, eta, sigma_max=None) -> Transition`. x and v have any shape [B, ...]; the
-sigmas and eta are scalars or broadcast against x, may be traced, and satisfy 0 <= sigma_next < sigma <= 1. Everything
-is computed in float32. eta scales the noise, and eta = 0 is the Euler step of the ODE. Only `flow_sde` reads
-`sigma_max`.
+A kernel's signature is `Kernel`'s. Everything is computed in float32. eta scales the noise, and eta = 0 is the Euler
+step of the ODE.
 
 Sampling, log-densities, divergences and the policy-gradient scale are derived from the `Transition` alone.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,89 +28,91 @@ class Transition(NamedTuple):
     dmean_dv: jax.Array
 
 
-Kernel = Callable[..., Transition]
+class Kernel(Protocol):
+    """A stochastic step."""
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        v: ArrayLike,
+        sigma: ArrayLike,
+        sigma_next: ArrayLike,
+        eta: ArrayLike,
+        sigma_max: ArrayLike | None = None,
+    ) -> Transition:
+        """p(x' | x) of the step from sigma to sigma_next.
+
+        Args:
+          x, v: of any shape [B, ...].
+          sigma, sigma_next, eta: scalars, [B], or of a shape that broadcasts against x; 0 <= sigma_next < sigma <= 1.
+          sigma_max: what stands for sigma where `flow_sde` would divide by 0; no other kernel reads it.
+        """
+
+
 LogProb = Literal["density", "squared_error"]
 LOG_PROBS: tuple[LogProb, ...] = get_args(LogProb)
 
 
-def flow_sde(
-    x: ArrayLike,
-    v: ArrayLike,
-    sigma: ArrayLike,
-    sigma_next: ArrayLike,
-    eta: ArrayLike,
-    sigma_max: ArrayLike | None = None,
-) -> Transition:
+def kernel(step: Callable[..., Transition]) -> Kernel:
+    """The kernel of a function `(x, v, sigma, sigma_next, eta, sigma_max)` of float32 arrays that broadcast."""
+
+    @functools.wraps(step)
+    def call(x, v, sigma, sigma_next, eta, sigma_max=None):
+        x, v = _float32(x, v)
+        sigma, sigma_next = _float32(by_sample(sigma, x), by_sample(sigma_next, x))
+        return step(x, v, sigma, sigma_next, by_sample(eta, x), sigma_max)
+
+    return call
+
+
+def by_sample(value: Any, x: jax.Array) -> Any:
+    """A scalar for each sample, [B], in a shape that broadcasts against x [B, ...]; others as they are."""
+    return jnp.reshape(value, (-1, *[1] * (x.ndim - 1))) if jnp.ndim(value) == 1 else value
+
+
+@kernel
+def flow_sde(x, v, sigma, sigma_next, eta, sigma_max):
     """Euler-Maruyama step of the SDE with diffusion `g = eta sqrt(sigma / (1 - sigma))`, as in Flow-GRPO.
 
     g diverges at sigma = 1. There `sigma_max`, the schedule's second sigma, stands for sigma in the denominator; None
     means `sigma_next`, the same number at a schedule's first step, which then has std = eta exactly.
     """
-    x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
     regular = jnp.where(sigma < 1, sigma, sigma_next if sigma_max is None else sigma_max)
     return _euler_maruyama(x, v, sigma, sigma_next, eta * jnp.sqrt(sigma / (1 - regular)))
 
 
-def dance_sde(
-    x: ArrayLike,
-    v: ArrayLike,
-    sigma: ArrayLike,
-    sigma_next: ArrayLike,
-    eta: ArrayLike,
-    sigma_max: ArrayLike | None = None,
-) -> Transition:
+@kernel
+def dance_sde(x, v, sigma, sigma_next, eta, sigma_max):
     """Euler-Maruyama step of the SDE with constant diffusion `g = eta`, as in DanceGRPO."""
-    x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
     return _euler_maruyama(x, v, sigma, sigma_next, eta)
 
 
-def cps(
-    x: ArrayLike,
-    v: ArrayLike,
-    sigma: ArrayLike,
-    sigma_next: ArrayLike,
-    eta: ArrayLike,
-    sigma_max: ArrayLike | None = None,
-) -> Transition:
+@kernel
+def cps(x, v, sigma, sigma_next, eta, sigma_max):
     """Coefficients-preserving sampling (FlowCPS): `rho = cos(eta pi / 2)`, eta in [0, 1], the same at every step."""
-    x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
     angle = eta * (math.pi / 2)
     return _ddim(x, v, sigma, sigma_next, jnp.cos(angle), jnp.sin(angle))
 
 
-def precise(
-    x: ArrayLike,
-    v: ArrayLike,
-    sigma: ArrayLike,
-    sigma_next: ArrayLike,
-    eta: ArrayLike,
-    sigma_max: ArrayLike | None = None,
-) -> Transition:
+@kernel
+def precise(x, v, sigma, sigma_next, eta, sigma_max):
     """The SDE of `flow_sde` solved exactly for a frozen clean estimate: `rho = R^(eta^2 / 2)`.
 
     `R = sigma' (1 - sigma) / (sigma (1 - sigma'))`, so equal steps of log-SNR explore equally. At sigma = 1, R = 0: the
     noise is drawn afresh.
     """
-    x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
     finite = (sigma < 1) & (sigma_next > 0)
     start, end = jnp.where(finite, sigma, 0.5), jnp.where(finite, sigma_next, 0.25)
     integral = jax.scipy.special.logit(start) - jax.scipy.special.logit(end)
     return _frozen_x0(x, v, sigma, sigma_next, eta, jnp.where(finite, integral, _UNBOUNDED))
 
 
-def dance_precise(
-    x: ArrayLike,
-    v: ArrayLike,
-    sigma: ArrayLike,
-    sigma_next: ArrayLike,
-    eta: ArrayLike,
-    sigma_max: ArrayLike | None = None,
-) -> Transition:
+@kernel
+def dance_precise(x, v, sigma, sigma_next, eta, sigma_max):
     """The SDE of `dance_sde` solved exactly for a frozen clean estimate.
 
     `rho = exp(-eta^2 (1/sigma' - 1/sigma) / 2)`.
     """
-    x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
     end = jnp.where(sigma_next > 0, sigma_next, 0.5)
     integral = jnp.where(sigma_next > 0, 1 / end - 1 / sigma, _UNBOUNDED)
     return _frozen_x0(x, v, sigma, sigma_next, eta, integral)

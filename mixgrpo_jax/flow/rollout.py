@@ -1,71 +1,29 @@
-"""Draw samples: a deterministic prefix, a stochastic window, a deterministic suffix; each a `lax.scan`.
+"""Draw samples along a plan: its segments one after the other, each a `lax.scan`.
 
-One compiled program serves every window position and suffix length: what moves is data (`Plan`), what is static is the
-trajectory's and the window's length. Steps that the plan leaves out are gated by a scalar `lax.cond` and cost nothing.
+One compiled program serves all plans of a layout: what moves is data. A step that no prompt takes is gated by a scalar
+`lax.cond` and costs nothing; a prompt that takes fewer steps than others holds its state meanwhile.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from mixgrpo_jax.flow import kernels, solvers
-from mixgrpo_jax.flow.plans import Plan
-
-# (params, x [B, ...], timestep scalar, cond) -> v [B, ...]
-Velocity = Callable[[Any, Array, Array, Any], Array]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a step is taken: static settings shared by the rollout and the update.
-
-    `reference_exact` reproduces two quirks of MixGRPO's released code, for comparisons: the model is fed
-    floor(1000 sigma)/1000 in place of sigma, and noise is drawn in bfloat16.
-    """
-
-    kernel: str = "flow"
-    eta: float = 0.7
-    solver: str = "euler"
-    log_prob: kernels.LogProb = "density"
-    reference_exact: bool = False
-
-    def __post_init__(self):
-        for field, known in (("kernel", kernels.KERNELS), ("solver", solvers.SOLVERS), ("log_prob", kernels.LOG_PROBS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"sampler.{field}={getattr(self, field)!r} is unknown; choose from {sorted(known)}")
-        if not self.eta > 0:
-            raise ValueError(f"sampler.eta={self.eta} leaves the window without noise; choose a positive value")
-
-    def timestep(self, sigma: Array) -> Array:
-        """What the model is told of sigma."""
-        return jnp.floor(1000 * sigma) / 1000 if self.reference_exact else sigma
-
-    def transition(
-        self, velocity: Velocity, params: Any, x: Array, sigma: Array, sigma_next: Array, cond: Any
-    ) -> tuple[kernels.Transition, Array]:
-        """p(x' | x) under `params`, and the velocity it rests on. The only place where the two meet."""
-        v = velocity(params, x, self.timestep(sigma), cond).astype(jnp.float32)
-        return kernels.KERNELS[self.kernel](x, v, sigma, sigma_next, self.eta), v
-
-    def log_prob_map(self, transition: kernels.Transition, x_next: Array) -> Array:
-        """Log-prob of `x_next` by latent position: averaged over the channels alone, [B, S, C] -> [B, S]."""
-        return kernels.log_prob(transition, x_next, self.log_prob).mean(-1)
-
-    def normal(self, keys: Array, shape: tuple[int, ...]) -> Array:
-        """One standard normal array per key: [B] keys -> [B, *shape] fp32."""
-        dtype = jnp.bfloat16 if self.reference_exact else jnp.float32
-        return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys).astype(jnp.float32)
+from mixgrpo_jax.flow import kernels, plans, solvers
+from mixgrpo_jax.flow.plans import Layout, Plan, Segment, Steps
+from mixgrpo_jax.flow.sampler import Sampler, Velocity
 
 
 class Rows(NamedTuple):
-    """The window's steps, in order; w of them, for B samples.
+    """The steps of a recorded segment, in order; N of them, each of R nodes.
 
-    x, x_next: [w, B, S, C]; log_prob: [w, B, S], a map over latent positions; sigma, sigma_next: [w].
+    A node is what samples share until they branch: sample b of B is below node `b // (B / R)`.
+
+    x, x_next: [N, R, S, C]. log_prob: [N, R, S], a map over latent positions; 0 of a deterministic step.
+    sigma, sigma_next, eta: [N, R].
     """
 
     x: Array
@@ -73,102 +31,138 @@ class Rows(NamedTuple):
     log_prob: Array
     sigma: Array
     sigma_next: Array
+    eta: Array
 
 
 class Rollout(NamedTuple):
-    """x0 [B, S, C], the window's rows, and the model evaluations executed (in samples; int32)."""
+    """What a rollout gives.
+
+    x0: [B, S, C]. rows: of each recorded segment.
+    executed, used: evaluations of the velocity in samples, int32: those that ran, and those that a sample needed.
+    """
 
     x0: Array
-    rows: Rows
-    evaluations: Array
+    rows: tuple[Rows, ...]
+    executed: Array
+    used: Array
+
+
+class _State(NamedTuple):
+    """Where the samples are, and what the solver remembers of how they came there."""
+
+    x: Array
+    history: solvers.History
 
 
 def initial_noise(sampler: Sampler, key: Array, ids: Array, shape: tuple[int, ...]) -> Array:
     """Noise of the samples (or, where a group shares it, of the prompts) with these ids: [N] -> [N, *shape]."""
-    return sampler.normal(jax.vmap(partial(jax.random.fold_in, key))(ids), shape)
+    return sampler.normal(key, ids, shape)
 
 
 def rollout(
     velocity: Velocity,
-    params: Any,
     plan: Plan,
-    noise: Array,
+    x: Array,
     cond: Any,
     key: Array,
+    ids: Array,
     *,
+    layout: Layout,
     sampler: Sampler,
-    window_length: int,
-    group_size: int = 1,
 ) -> Rollout:
-    """Integrate from noise to data; the plan's window is stochastic.
+    """Integrate from noise to data along the plan.
 
-    The prefix is deterministic, so samples of one noise and one prompt are one sample until the window: it runs once
-    for each of the P rows of `noise`, which then branch into `group_size` samples each. Where every sample has its own
-    noise, `noise` and `cond` hold all of them and `group_size` is 1.
+    Rows branch where the layout says so, and no further than to the samples asked for: samples that share their noise
+    share a deterministic prefix, and where every sample has a row of its own from the start, none is shared.
 
     Args:
-        noise: x at sigma 1, [P, S, C].
+        plan: for P prompts. x: where the samples begin, [R, S, C], the rows of each prompt together; P divides R.
         cond: pytree of arrays with leading axis P.
-        key: of this iteration; the noise of sample b at step i is addressed by (key, b, i).
+        key: of this iteration. ids: of the B samples, group by group, [B]. The noise of a step is addressed by
+            (key, id // samples below its node, step), so that a sample can be drawn again alone: with the same layout,
+            its prompt's column of the plan, and its id.
     Returns:
-        B = P * group_size samples, group by group.
+        The B samples.
     """
-    num_steps = plan.sigmas.shape[0] - 1
-    rest = num_steps - window_length  # the most steps that prefix or suffix can have
-    x = noise.astype(jnp.float32)
-    carry = (x, solvers.empty_history(x), jnp.int32(0))
+    executed, used, rows = jnp.int32(0), jnp.int32(0), []
+    state = _State(x.astype(jnp.float32), solvers.empty_history(x))
+    sizes = plans.leaves_below(layout), plans.nodes(layout, len(x), len(ids))
+    for segment, steps, leaves, nodes in zip(layout, plan.segments, *sizes):
+        state = _repeat(state, nodes // len(state.x))
+        address = ids[:: len(ids) // nodes] // leaves
+        own = _repeat(cond, nodes // len(steps.taken))
+        state, recorded = run_segment(velocity, segment, steps, state, own, key, address, sampler)
+        rows += [recorded] if recorded is not None else []
+        taken = segment.steps if segment.record else jnp.max(steps.taken, initial=0)
+        executed += jnp.asarray(taken * nodes, jnp.int32)
+        used += jnp.asarray(steps.taken.sum() * (nodes // len(steps.taken)), jnp.int32)
+    return Rollout(state.x, tuple(rows), executed, used)
 
-    def deterministic(carry, cond, solver, sigmas, orders, count):
-        def move(carry, step):
-            (x, history, nfe), (sigma, sigma_next, order) = carry, step
-            v = velocity(params, x, sampler.timestep(sigma), cond).astype(jnp.float32)
-            history, x = solver(history, x, v, sigma, sigma_next, order)
-            return x, history, nfe + x.shape[0]
 
-        def gated(carry, step):
-            index, *step = step
-            return lax.cond(index < count, move, lambda carry, _: carry, carry, tuple(step)), None
+def run_segment(
+    velocity: Velocity,
+    segment: Segment,
+    steps: Steps,
+    state: _State,
+    cond: Any,
+    key: Array,
+    address: Array,
+    sampler: Sampler,
+) -> tuple[_State, Rows | None]:
+    """One segment, of the R rows of a state. Arguments are as in `rollout`, by row; `address` are the nodes'."""
+    each, last = len(address) // len(steps.taken), jnp.max(steps.taken, initial=0)
 
-        steps = (jnp.arange(rest), sigmas[:rest], sigmas[1 : rest + 1], orders[:rest])
-        return lax.scan(gated, carry, steps)[0]
+    def stochastic(state: _State, step: Steps) -> tuple[_State, Array]:
+        x, history = state
+        transition, v = sampler.transition(velocity, x, step.sigma, step.sigma_next, cond, step.eta)
+        keys = jax.vmap(lambda node, index: jax.random.fold_in(jax.random.fold_in(key, node), index))
+        x_next = kernels.sample(transition, sampler.normal_of(keys(address, step.address), x.shape[1:]))
+        return _State(x_next, solvers.push(history, x, v, step.sigma)), sampler.log_prob_map(transition, x_next)
 
-    def stochastic(carry, step):
-        (x, history, nfe), (index, sigma, sigma_next) = carry, step
-        transition, v = sampler.transition(velocity, params, x, sigma, sigma_next, cond)
-        keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(key, b), index))(jnp.arange(x.shape[0]))
-        x_next = kernels.sample(transition, sampler.normal(keys, x.shape[1:]))
-        row = Rows(x, x_next, sampler.log_prob_map(transition, x_next), sigma, sigma_next)
-        return (x_next, solvers.push(history, x, v, sigma), nfe + x.shape[0]), row
+    def deterministic(state: _State, step: Steps) -> tuple[_State, Array]:
+        x, history = state
+        v = velocity(x, sampler.timestep(step.sigma), cond).astype(jnp.float32)
+        history, x_next = solvers.SOLVERS[sampler.solver](history, x, v, step.sigma, step.sigma_next, step.order)
+        return _State(x_next, history), jnp.zeros((len(x), x[0, ..., 0].size))
 
-    carry = deterministic(carry, cond, solvers.euler, plan.sigmas, jnp.ones(num_steps, jnp.int32), plan.start)
+    move = stochastic if segment.sde else deterministic
 
-    x, history, nfe = carry
-    carry = (jnp.repeat(x, group_size, axis=0), solvers.repeat(history, group_size), nfe)
-    cond = jax.tree.map(lambda a: jnp.repeat(a, group_size, axis=0), cond)
-    steps = plan.start + jnp.arange(window_length)
-    carry, rows = lax.scan(stochastic, carry, (steps, plan.sigmas[steps], plan.sigmas[steps + 1]))
+    def record(state: _State, element: tuple[Array, Steps]) -> tuple[_State, Rows]:
+        step = element[1]
+        after, log_prob = move(state, step)
+        return after, Rows(state.x, after.x, log_prob, step.sigma, step.sigma_next, step.eta)
 
-    solver = solvers.SOLVERS[sampler.solver]
-    carry = deterministic(carry, cond, solver, plan.suffix_sigmas, plan.suffix_order, plan.suffix_steps)
-    return Rollout(carry[0], rows, carry[2])
+    def gated(state: _State, element: tuple[Array, Steps]) -> tuple[_State, None]:
+        number, step = element
+
+        def advance(state: _State) -> _State:
+            after, _ = move(state, step)
+            return jax.tree.map(
+                lambda new, old: jnp.where(kernels.by_sample(number < step.taken, new), new, old), after, state
+            )
+
+        return lax.cond(number < last, advance, lambda state: state, state), None
+
+    by_row = Steps(*(jnp.repeat(jnp.asarray(a), each, axis=-1) for a in steps))
+    by_step = by_row._replace(taken=jnp.broadcast_to(by_row.taken, by_row.sigma.shape))
+    elements = jnp.arange(segment.steps), by_step
+    return lax.scan(record if segment.record else gated, state, elements)
+
+
+def _repeat(tree: Any, times: int) -> Any:
+    return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), tree)
 
 
 def integrate(
     velocity: Velocity,
-    params: Any,
-    sigmas: Array,
-    orders: Array,
+    sigmas: np.ndarray,
     noise: Array,
     cond: Any,
     *,
+    orders: Sequence[int] | np.ndarray | int = 1,
     solver: str = "euler",
 ) -> Array:
     """Deterministic sampling over a whole grid, for evaluation and inference: noise [B, S, C] -> x0 [B, S, C]."""
-
-    def move(carry, step):
-        (history, x), (sigma, sigma_next, order) = carry, step
-        v = velocity(params, x, sigma, cond).astype(jnp.float32)
-        return solvers.SOLVERS[solver](history, x, v, sigma, sigma_next, order), None
-
-    x = noise.astype(jnp.float32)
-    return lax.scan(move, (solvers.empty_history(x), x), (sigmas[:-1], sigmas[1:], orders))[0][1]
+    layout, plan = plans.whole(sigmas, np.asarray(orders), len(noise))
+    ids, key = jnp.arange(len(noise)), jax.random.key(0)  # nothing is random
+    return rollout(velocity, plan, noise, cond, key, ids, layout=layout, sampler=Sampler(solver=solver)).x0

@@ -1,8 +1,8 @@
 """Deterministic steps of the flow's ODE, dx/dsigma = v: Euler, and DPM-Solver++ of orders 1 to 3.
 
-Every solver is `(history, x, v, sigma, sigma_next, order) -> (history, x_next)`: x and v are [B, ...], the sigmas are
-scalars with 0 <= sigma_next < sigma <= 1, and order is an int32 in 1..3; all may be traced. The state is float32, or
-float64 when x is.
+Every solver is `(history, x, v, sigma, sigma_next, order) -> (history, x_next)`: x and v are [B, ...]; the sigmas, with
+0 <= sigma_next < sigma <= 1, and the order, an int32 in 1..3, are scalars or [B]; all may be traced. The state is
+float32, or float64 when x is.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mixgrpo_jax.flow.kernels import by_sample
+
 
 class History(NamedTuple):
     """The clean estimates of the last two steps, newest first: what a multistep solver remembers.
 
-    `x0` holds two arrays of the shape of x, `sigma` the two scalars where they were made, and `num_held` (int32, 0..2)
-    how many of them are real.
+    `x0` holds two arrays of the shape of x, `sigma` the noise levels where they were made, and `num_held` (int32, 0..2)
+    how many of them are real; both have one value a sample, [B, 1, ...].
     """
 
     x0: tuple[jax.Array, jax.Array]
@@ -32,8 +34,8 @@ Solver = Callable[..., tuple[History, jax.Array]]
 def empty_history(x: jax.Array) -> History:
     """The history before the first step of a trajectory of x."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    blank, one = jnp.zeros(x.shape, dtype), jnp.ones((), dtype)
-    return History((blank, blank), (one, one), jnp.zeros((), jnp.int32))
+    blank, each = jnp.zeros(x.shape, dtype), (len(x), *[1] * (x.ndim - 1))
+    return History((blank, blank), (jnp.ones(each, dtype),) * 2, jnp.zeros(each, jnp.int32))
 
 
 def push(history: History, x: ArrayLike, v: ArrayLike, sigma: ArrayLike) -> History:
@@ -41,12 +43,6 @@ def push(history: History, x: ArrayLike, v: ArrayLike, sigma: ArrayLike) -> Hist
     x, v, sigma = _state(x, v, sigma)
     num_held = jnp.minimum(history.num_held + 1, 2)
     return History((x - sigma * v, history.x0[0]), (sigma, history.sigma[0]), num_held)
-
-
-def repeat(history: History, n: int) -> History:
-    """Repeats each row of the batch n times, [B, ...] -> [B n, ...], as `jnp.repeat` does."""
-    newest, oldest = (jnp.repeat(x0, n, axis=0) for x0 in history.x0)
-    return history._replace(x0=(newest, oldest))
 
 
 def euler(
@@ -93,7 +89,7 @@ def dpm_solver(
     i0 = 1 - sigma_next / sigma
     i1 = alpha_next - i0 / h
     i2 = alpha_next - 2 * i1 / h
-    order = jnp.where(sigma_next > 0, jnp.minimum(order, history.num_held + 1), 1)
+    order = jnp.where(sigma_next > 0, jnp.minimum(by_sample(order, x), history.num_held + 1), 1)
     second = i0 / 2 if variant == "midpoint" else i1
     slope_weight = jnp.select([order == 1, order == 2], [0.0, second], i1)
     curvature_weight = jnp.where(order == 3, i2 + r0 * i1, 0.0)
@@ -127,6 +123,8 @@ def _spacing(history: History, sigma: jax.Array, sigma_next: jax.Array) -> tuple
     return h, r0, r1
 
 
-def _state(x: ArrayLike, *others: ArrayLike) -> tuple[jax.Array, ...]:
+def _state(x: ArrayLike, v: ArrayLike, *sigmas: ArrayLike) -> tuple[jax.Array, ...]:
     dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
-    return tuple(jnp.asarray(value, dtype) for value in (x, *others))
+    x, v = jnp.asarray(x, dtype), jnp.asarray(v, dtype)
+    each = (len(x), *[1] * (x.ndim - 1))
+    return x, v, *(jnp.broadcast_to(jnp.asarray(by_sample(sigma, x), dtype), each) for sigma in sigmas)

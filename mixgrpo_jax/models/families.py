@@ -234,9 +234,11 @@ def _present(family: Family, folder: Path, text: bool) -> list[str]:
 
 def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizers of those of the encoders that have one in the folder."""
+    names = [name for encoder, name in family.encoders.items() if encoder in encoders and (folder / name).is_dir()]
+    if not names:
+        return {}
     from transformers import AutoTokenizer  # it takes seconds to import
 
-    names = [name for encoder, name in family.encoders.items() if encoder in encoders and (folder / name).is_dir()]
     return {name: AutoTokenizer.from_pretrained(folder / name) for name in names}
 
 

@@ -25,13 +25,12 @@ from safetensors import safe_open
 
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Params, Rule
+from mixgrpo_jax.models.lora_config import BASES, LoraConfig
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # names a pipeline's part in a file that may hold adapters of several
 PEFT_CONFIG = "lora_adapter_metadata"
 FOLDED_SCALE = "folded_scale"
-
-BASES = ("float32", "bfloat16", "int8")
 
 
 def _gaussian(key: Array, shape: tuple[int, ...]) -> Array:
@@ -43,48 +42,6 @@ def _kaiming_uniform(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 INITS = {"gaussian": _gaussian, "kaiming_uniform": _kaiming_uniform}
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What is adapted, and how.
-
-    rank: r; 0 trains all parameters instead.
-    alpha: the adapters' product is scaled by alpha/r.
-    targets: regex that the whole path of a linear layer matches, as "double_blocks/image/attention/q"; "" takes the
-      model family's own.
-    init: of A, "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and its
-      default. B starts at zero, and so the adapted model as the base.
-    base: dtype of the frozen parameters, see `freeze`.
-    """
-
-    rank: int = 0
-    alpha: float = 64.0
-    targets: str = ""
-    init: str = "gaussian"
-    base: str = "bfloat16"
-
-    def __post_init__(self):
-        if self.rank < 0:
-            raise ValueError(f"model.lora.rank={self.rank} must be positive, or 0 to train without adapters")
-        if not self.alpha > 0:
-            raise ValueError(f"model.lora.alpha={self.alpha} must be positive: the adapters are scaled by alpha/rank")
-        for field, choices in (("init", tuple(INITS)), ("base", BASES)):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"model.lora.{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"model.lora.targets={self.targets!r} is not a regular expression: {error}") from None
-
-    @property
-    def scale(self) -> float:
-        """alpha/r."""
-        return self.alpha / max(self.rank, 1)
-
-    def on(self, targets: str) -> "LoraConfig":
-        """The same, with a family's own targets where none are given."""
-        return self if self.targets else dataclasses.replace(self, targets=targets)
 
 
 @jax.tree_util.register_dataclass

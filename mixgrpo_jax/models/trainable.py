@@ -9,7 +9,7 @@ from jax import Array
 
 from mixgrpo_jax.models import lora
 from mixgrpo_jax.models.families import Parts
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 
 
 class Trainable(NamedTuple):

@@ -6,6 +6,7 @@ the host by onnxruntime (`read`), or wherever JAX does (`read_on_device`, and `d
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -183,7 +184,10 @@ def ocr(where: Literal["host", "device"] = "host") -> Reward:
 def ocr_dense() -> Reward:
     """The reward `dense`, for the `targets` of the metadata or the prompts; differentiable.
 
-    NaN for a target that does not fit into the picture, which a run refuses. Raises ImportError as `network` does.
+    Its score raises ValueError as `dense` does; its function gives NaN for a target that does not fit into the picture.
+
+    Raises:
+        ImportError: as `network` does.
     """
     net, params = device_network()
 
@@ -196,7 +200,25 @@ def ocr_dense() -> Reward:
         likelihood = ppocr.label_log_likelihood(logits, net.alphabet, labels[:, :positions])
         return jnp.where(ppocr.needed(labels) <= positions, likelihood, jnp.nan)
 
-    return Reward("ocr_dense", "device", OnDevice(function, params, inputs))
+    return Reward("ocr_dense", "device", _Dense(function, params, inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense(OnDevice):
+    """Of a target that does not fit into the picture, the function can say no more than NaN."""
+
+    def __call__(self, images: Images, prompts: list[str], metadata: list[dict]) -> jax.Array:
+        net, _ = device_network()
+        ppocr.encode(net.alphabet, targets(prompts, metadata), _positions(*images.shape[1:3]))
+        return super().__call__(images, prompts, metadata)
+
+
+@functools.cache
+def _positions(height: int, width: int) -> int:
+    """At how many positions the network looks for a character in such a picture."""
+    net, params = device_network()
+    picture = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
+    return jax.eval_shape(functools.partial(_logits, net), params, picture).shape[1]
 
 
 def accuracy(text: str, target: str) -> float:

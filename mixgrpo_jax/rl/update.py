@@ -1,7 +1,9 @@
 """The optimiser updates of one iteration: sharded, accumulated, one program."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,26 +12,84 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from mixgrpo_jax.flow.kernels import by_sample
+from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rows
-from mixgrpo_jax.rl.objectives import Objective, Row
+from mixgrpo_jax.flow.sampler import Velocity
+from mixgrpo_jax.rl.samples import Metrics, Objective, Roles, Samples, Tools
+
+# (params, averages, frozen) -> roles with parameters bound
+MakeRoles = Callable[[Any, Mapping[str, Any], Any], Roles]
+
+
+class Batch(NamedTuple):
+    """An iteration's B samples, in which a group stands in a row, and what they are trained with.
+
+    x0: [B, S, C] or None. rows: of each recorded segment, or none. What the objective does not need may be absent.
+    advantage: [n or 1, B, S or 1]. weight: [B]. cond: pytree with leading axis P. extra: arrays [n or 1, B, ...].
+    """
+
+    x0: Any
+    rows: tuple[Rows, ...]
+    advantage: Any
+    weight: Any
+    cond: Any
+    extra: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Average:
+    """A moving average of the parameters, `a <- d a + (1 - d) params`, and its rule.
+
+    Attributes:
+      decay: d, in [0, 1); 0 of a constant d keeps no average.
+      rate: where it is positive, d grows with the count c of moves made, `min(rate max(c - start, 0), decay)`.
+      start: the count until which d is 0.
+      by: what moves it: every "update", or the end of every "iteration".
+
+    Raises:
+      ValueError: when a field is out of range.
+    """
+
+    decay: float = 0.99
+    rate: float = 0.0
+    start: int = 0
+    by: str = "update"
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay} is not in [0, 1); 0 keeps no average")
+        if self.rate < 0 or self.start < 0:
+            raise ValueError(f"rate={self.rate}, start={self.start} must not be negative")
+        if self.by not in ("update", "iteration"):
+            raise ValueError(f"by={self.by!r} is unknown; choose 'update' or 'iteration'")
+
+    def at(self, count: Array) -> Array | float:
+        """d of the move that follows `count` of them."""
+        return jnp.clip(self.rate * (count - self.start), 0, self.decay) if self.rate else self.decay
 
 
 class TrainState(NamedTuple):
-    """What training changes: parameters, the optimiser's state, the parameters' moving average, and a count.
+    """What training changes: parameters, the optimiser's state, the parameters' averages by name, and the updates made.
 
-    The average and the optimiser's moments are fp32, whatever the parameters are.
+    Averages and the optimiser's moments are fp32, whatever the parameters are.
     """
 
     params: Any
     opt_state: Any
-    ema: Any  # None where no average is kept
+    averages: dict[str, Any]
     step: Array
 
 
-def init_state(params: Any, optimiser: optax.GradientTransformation, average: bool = True) -> TrainState:
-    """A fresh state. The average is a copy, so that the state's buffers can be donated."""
-    fp32 = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-    return TrainState(params, optimiser.init(fp32), fp32 if average else None, jnp.int32(0))
+def init_state(
+    params: Any, optimiser: optax.GradientTransformation, averages: Mapping[str, Average] | None = None
+) -> TrainState:
+    """A fresh state. Averages are copies, so that the state's buffers can be donated."""
+
+    def fp32() -> Any:
+        return jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+
+    return TrainState(params, optimiser.init(fp32()), {name: fp32() for name in averages or {}}, jnp.int32(0))
 
 
 def assign(samples: int, group: int, num_updates: int, micro_batch: int) -> np.ndarray:
@@ -51,77 +111,286 @@ def assign(samples: int, group: int, num_updates: int, micro_batch: int) -> np.n
     return taken.T.reshape(num_updates, -1, micro_batch)
 
 
-def _take(a: Array, index: Array, run: int) -> Array:
-    """a[index] of samples, the r-th of which is in the r-th run: a look within each run, on the device that has it."""
-    within = index - jnp.arange(len(index)) * run
-    return jax.vmap(lambda samples, i: samples[i])(a.reshape(len(index), run, *a.shape[1:]), within)
+def assign_groups(samples: int, group: int, num_updates: int, micro_batch: int) -> np.ndarray:
+    """As `assign`, where an update takes whole groups: every U-th one. Raises ValueError where they do not divide.
 
-
-def _take_cond(a: Array, index: Array, samples: int) -> Array:
-    """Rows of each sample's group, of a [P, ...]; repeated no further than to what a run and a group share."""
-    group, run = samples // len(a), samples // len(index)
-    shared = math.gcd(group, run)
-    return _take(jnp.repeat(a, group // shared, axis=0), index // shared, run // shared)
+    >>> assign_groups(8, 2, num_updates=2, micro_batch=2).tolist()
+    [[[0, 4], [1, 5]], [[2, 6], [3, 7]]]
+    """
+    if samples // group % num_updates:
+        raise ValueError(
+            f"batch.updates={num_updates} does not divide batch.prompts={samples // group}, and the objective takes "
+            "whole groups an update: choose a divisor"
+        )
+    groups = np.arange(samples).reshape(-1, num_updates, group).swapaxes(0, 1)
+    return groups.reshape(num_updates, micro_batch, -1).swapaxes(1, 2)
 
 
 def make_update(
     objective: Objective,
+    roles: MakeRoles,
     optimiser: optax.GradientTransformation,
+    tools: Tools,
     *,
     num_updates: int,
     micro_batch: int,
-    ema_decay: float,
+    averages: Mapping[str, Average] | None = None,
     key: Array | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Build `update(state, reference, rows, advantage, cond, train) -> state, metrics`.
+) -> Callable[[TrainState, Any, Batch, Plan], tuple[TrainState, Metrics]]:
+    """Build `update(state, frozen, batch, plan) -> state, metrics`.
 
     The B samples are split into `num_updates` optimiser steps. Each accumulates the gradient over its micro-batches and
-    over the trained window steps by `lax.scan`, in fp32, so memory is that of one micro-batch and one step. Parameters
-    in bf16 are rounded stochastically, which needs a `key`; the update's number is folded into it.
+    over the n places of the plan where a sample is trained, by `lax.scan`, in fp32: memory is that of one micro-batch
+    at one place. The loss is the mean over places, and over samples by their weights. Parameters in bf16 are rounded
+    stochastically.
 
-    Args of the returned function:
-        reference: parameters of the frozen reference policy, or None where the objective needs none.
-        rows: the rollout's window, [w, B, ...].
-        advantage: [B].
-        cond: pytree with leading axis P; each row is of B / P samples in a row.
-        train: offsets within the window that are trained, [n] int32.
-    Metrics are stacked by update, [U], and those under "ratio/" by trained step as well, [U, n].
+    Args:
+        roles: `(params, averages, frozen) -> roles`.
+        averages: the rules of the state's.
+        key: of the objective's draws, addressed by (iteration, place, sample), and of stochastic rounding.
+
+    Metrics are stacked by update, [U], and by place as well, [U, n], where their names begin with ratio/ or are in
+    `on_policy`. Of the latter it is the largest, of all others the mean over samples by their weights. "nfe/update" are
+    the model evaluations of all updates in samples, "nfe/gradient" those among them that have a gradient.
     """
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    key, averages = jax.random.key(0) if key is None else key, averages or {}
+    noise_key = jax.random.fold_in(key, 2**31 - 1)  # apart from every update's own
+    spans, of_group = objective.span != "step", objective.span == "group"
 
-    def update(state: TrainState, reference, rows: Rows, advantage, cond, train):
-        count, prompts = len(advantage), len(jax.tree.leaves(cond)[0])
-        samples = jnp.asarray(assign(count, count // prompts, num_updates, micro_batch))
-        num_micro, num_train = samples.shape[1], train.shape[0]
+    def update(state: TrainState, frozen: Any, batch: Batch, plan: Plan) -> tuple[TrainState, Metrics]:
+        count, (places, prompts) = len(batch.weight), plan.train.shape
+        split = assign_groups if of_group else assign
+        index = jnp.asarray(split(count, count // prompts, num_updates, micro_batch))
+        iteration_key = jax.random.fold_in(noise_key, state.step // num_updates)
+        keys = jax.vmap(lambda place: jax.random.fold_in(iteration_key, place))(jnp.arange(places))
 
-        def accumulate(carry, element):
-            params, total = carry
-            index, step = element
-            row = Row(
-                *(_take(a[step], index, count // micro_batch) for a in (rows.x, rows.x_next, rows.log_prob)),
-                sigma=rows.sigma[step],
-                sigma_next=rows.sigma_next[step],
-                advantage=_take(advantage, index, count // micro_batch),
-                cond=jax.tree.map(lambda a: _take_cond(a, index, count), cond),
-            )
-            (_, metrics), gradients = gradient(params, reference, row)
-            return (params, jax.tree.map(jnp.add, total, gradients)), metrics
+        # A sample without weight may have no advantage: NaN times 0 would be NaN, in its gradient too.
+        batch = batch._replace(advantage=jnp.where(batch.weight[:, None] > 0, batch.advantage, 0))
+        before: dict[str, int] = {}
+        own = _counted(_row_by_row(roles(state.params, state.averages, frozen), micro_batch), before)
+        everything = _samples(batch, plan, jnp.arange(count), near=True)
+        batch = batch._replace(extra=batch.extra | objective.prepare(own, everything, keys, tools))
 
-        def apply(state: TrainState, samples):
-            elements = (jnp.repeat(samples, num_train, axis=0), jnp.tile(train, num_micro))
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-            (_, total), metrics = lax.scan(accumulate, (state.params, zeros), elements)
-            gradients = jax.tree.map(lambda g: g / (num_micro * num_train), total)
+        loss = _make_loss(
+            objective, lambda params, averages: roles(params, averages, frozen), tools, batch, plan, keys, micro_batch
+        )
+        gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def accumulate(carry: Any, element: Any) -> Any:
+            params, averages, total = carry
+            (_, aux), gradients = gradient(params, averages, *element)
+            return (params, averages, jax.tree.map(jnp.add, total, gradients)), aux
+
+        def apply(state: TrainState, index: Array) -> Any:
+            params = state.params
+            if spans:  # or the gradients of rows would be added up in the parameters' own dtype
+                params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+                elements = (index.T.reshape(1, -1) if of_group else index), jnp.zeros(1 if of_group else len(index))
+            else:
+                elements = jnp.repeat(index, places, axis=0), jnp.tile(jnp.arange(places), len(index))
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            (_, _, total), (sums, weight, evaluations) = lax.scan(accumulate, (params, state.averages, zeros), elements)
+            each = 1 if spans else places
+            weight = weight[::each].sum()  # every place has the same
+            weight = jnp.where(weight > 0, weight, 1)
+            gradients = jax.tree.map(lambda g: g / (weight * each), total)
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-            params = apply_updates(state.params, updates, None if key is None else jax.random.fold_in(key, state.step))
-            ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-            metrics = {name: _by_step(name, m.reshape(num_micro, num_train)) for name, m in metrics.items()}
-            metrics["grad_norm"] = optax.global_norm(gradients)
-            return TrainState(params, opt_state, ema, state.step + 1), metrics
+            params = apply_updates(state.params, updates, jax.random.fold_in(key, state.step))
+            moved = _moved(averages, "update", state.averages, params, state.step)
+            metrics = {
+                name: _over_places(name, name in objective.on_policy, m.reshape(-1, each), weight)
+                for name, m in sums.items()
+            }
+            metrics["grad_norm"], metrics["param_norm"] = optax.global_norm(gradients), _norm(params)
+            return TrainState(params, opt_state, moved, state.step + 1), (metrics, evaluations.sum(0))
 
-        return lax.scan(apply, state, samples)
+        state, (metrics, evaluations) = lax.scan(apply, state, index)
+        moved = _moved(averages, "iteration", state.averages, state.params, state.step // num_updates - 1)
+        executed, trained = evaluations.sum(0)
+        metrics |= {"nfe/update": executed + sum(before.values()), "nfe/gradient": trained}
+        return state._replace(averages=moved), metrics
 
     return update
+
+
+def _make_loss(
+    objective: Objective,
+    roles: Callable[[Any, Mapping[str, Any]], Roles],
+    tools: Tools,
+    batch: Batch,
+    plan: Plan,
+    keys: Array,
+    micro_batch: int,
+) -> Callable[[Any, Any, Array, Array], tuple[Array, tuple[Metrics, Array, Array]]]:
+    """`loss(params, averages, index [b], place) -> loss, (metrics, weight, evaluations [2])` of some samples.
+
+    The loss, the metrics and the weight are sums over the samples, as a share of a micro-batch.
+    """
+    spans, of_group = objective.span != "step", objective.span == "group"
+
+    def loss(params: Any, averages: Any, index: Array, place: Array) -> tuple[Array, tuple[Metrics, Array, Array]]:
+        calls: dict[str, int] = {}
+        own = roles(params, averages)
+        if spans:
+            own = _row_by_row({name: jax.checkpoint(role) for name, role in own.items()}, micro_batch)
+            samples, drawn_by = _samples(batch, plan, index, near=not of_group), keys
+        else:
+            samples, drawn_by = _samples(batch, plan, index, place), keys[place]
+        value, metrics = objective(_counted(own, calls), samples, drawn_by, tools)
+        value = value if spans else samples.step_weight * value
+        sums = {
+            name: _over_samples(name in objective.on_policy, m, samples.weight, micro_batch)
+            for name, m in (metrics | {"loss/total": value}).items()
+        }
+        trained = calls.get("train", 0)
+        evaluations = jnp.array([sum(calls.values()) + spans * trained, trained])
+        weight = samples.weight.sum() / micro_batch
+        return (samples.weight * value).sum() / micro_batch, (sums, weight, evaluations)
+
+    return loss
+
+
+def count_evaluations(
+    objective: Objective, roles: Iterable[str], tools: Tools, shape: tuple[int, ...], places: int
+) -> tuple[int, int]:
+    """Evaluations of an update a sample of that shape, and how many of them have a gradient: "nfe/update" and
+    "nfe/gradient" before there is an update."""
+    before: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    own: Roles = dict.fromkeys([*roles, "train"], lambda x, sigma, cond: jnp.zeros(x.shape))
+
+    def trace() -> Any:
+        before.clear()
+        calls.clear()
+        x, each, positions = jnp.zeros((places, 1, *shape)), jnp.zeros((places, 1)), max(1, math.prod(shape[:-1]))
+        rows = Rows(x, x, jnp.zeros((places, 1, positions)), each + 1, each, each)
+        one = jnp.ones(1)
+        batch = Batch(x[0], (rows,), each[:1, :, None], one, one, {"reward_grad": x[:1]})
+        plan = Plan((), *[np.zeros((places, 1), np.int32)] * 5)
+        keys, index = jax.random.split(jax.random.key(0), places), jnp.arange(1)
+        extra = objective.prepare(_counted(own, before), _samples(batch, plan, index), keys, tools)
+        batch, spans = batch._replace(extra=batch.extra | extra), objective.span != "step"
+        samples = _samples(batch, plan, index, None if spans else jnp.int32(0))
+        return objective(_counted(own, calls), samples, keys if spans else keys[0], tools)
+
+    jax.eval_shape(trace)
+    spans, trained = objective.span != "step", calls.get("train", 0)
+    each = 1 if spans else places
+    return sum(before.values()) + each * (sum(calls.values()) + spans * trained), each * trained
+
+
+def _samples(batch: Batch, plan: Plan, index: Array, place: Array | None = None, near: bool = True) -> Samples:
+    """The samples of an index [b] at a place, or without one at all n, on a leading axis.
+
+    `near` says that the r-th of them is in the r-th of b runs of the batch, on the device that has that run.
+    """
+    count, prompts = len(batch.weight), plan.train.shape[1]
+    group = index // (count // prompts)
+
+    def take(a: Array, row: Array | int) -> Array:
+        return _take(a, jnp.broadcast_to(jnp.asarray(row), index.shape), index, count, near)
+
+    def at(place: Array) -> tuple[Any, tuple[Array, ...], dict[str, Array]]:
+        rows, first, row = None, 0, plan.train[place][group]
+        for segment in batch.rows:
+            here = jnp.clip(row - first, 0, len(segment.sigma) - 1)
+            found = Rows(*(take(a, here) for a in segment))
+            rows = found if rows is None else _choose(row >= first, found, rows)
+            first += len(segment.sigma)
+        advantage, extra = jax.tree.map(lambda a: take(a, place if len(a) > 1 else 0), (batch.advantage, batch.extra))
+        of_place = (a[place][group] for a in (plan.sigma, plan.weight, plan.chunk))
+        return rows, (*of_place, advantage), extra
+
+    plan = jax.tree.map(jnp.asarray, plan)
+    rows, (sigma, step_weight, chunk, advantage), extra = (
+        jax.vmap(at)(jnp.arange(len(plan.train))) if place is None else at(place)
+    )
+    alone = jax.tree.map(lambda a: take(a[None], 0), (batch.x0, batch.weight, batch.cond))
+    x0, weight, cond = alone
+    return Samples(x0, rows, sigma, advantage, weight, step_weight, chunk, group, index, cond, extra)
+
+
+def _take(a: Array, row: Array, index: Array, count: int, near: bool) -> Array:
+    """Rows [b] of the samples [b] of an array [N, R, ...] of R nodes, each of `count / R` samples in a row."""
+    below, run = count // a.shape[1], count // len(index)
+    if not near:
+        return a[row, index // below]
+    # A look within each run, and nodes repeated no further than to what a run and a node share: nothing moves.
+    shared = math.gcd(below, run)
+    a = jnp.repeat(a, below // shared, axis=1)
+    runs = a.reshape(len(a), len(index), run // shared, *a.shape[2:])
+    within = index // shared - jnp.arange(len(index)) * (run // shared)
+    return jax.vmap(lambda samples, row, i: samples[row, i], (1, 0, 0))(runs, row, within)
+
+
+def _choose(condition: Array, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(by_sample(condition, a), a, b), chosen, other)
+
+
+def _counted(roles: Roles, calls: dict[str, int]) -> dict[str, Velocity]:
+    """The roles, which add the samples that they evaluate to `calls`, by name, as they are traced."""
+
+    def count(name: str, role: Velocity) -> Velocity:
+        def velocity(x: Array, sigma: Array, cond: Any) -> Array:
+            calls[name] = calls.get(name, 0) + sigma.size
+            return role(x, sigma, cond)
+
+        return velocity
+
+    return {name: count(name, role) for name, role in roles.items()}
+
+
+def _row_by_row(roles: Roles, micro_batch: int) -> dict[str, Velocity]:
+    """Roles of x [n, b, ...] and sigma [n, b] with cond of leading axis b, a micro-batch at one place at a time.
+
+    The m-th takes the m-th sample of each run of b / micro_batch.
+    """
+
+    def evaluate(role: Velocity, x: Array, sigma: Array, cond: Any) -> Array:
+        places, count, run = len(x), x.shape[1], x.shape[1] // micro_batch
+
+        def turns(a: Array) -> Array:  # [b, ...] -> [run, micro_batch, ...]
+            return jnp.moveaxis(a.reshape(micro_batch, run, *a.shape[1:]), 1, 0)
+
+        def one(element: tuple[Array, Array, Array]) -> Array:
+            x, sigma, turn = element
+            # Cast here, as in a step: a compiler may leave out a rounding to bf16 that is undone at once.
+            return role(x, sigma, jax.tree.map(lambda a: turns(a)[turn], cond)).astype(jnp.float32)
+
+        x, sigma = (jax.vmap(turns)(a).reshape(places * run, micro_batch, *a.shape[2:]) for a in (x, sigma))
+        v = lax.map(one, (x, sigma, jnp.tile(jnp.arange(run), places)))
+        return jnp.moveaxis(v.reshape(places, run, *v.shape[1:]), 1, 2).reshape(places, count, *v.shape[2:])
+
+    return {name: partial(evaluate, role) for name, role in roles.items()}
+
+
+def _over_samples(largest: bool, values: Array, weight: Array, micro_batch: int) -> Array:
+    """[b] -> a scalar: the largest of those with a weight, or the weighted sum as a share of a micro-batch."""
+    return jnp.where(weight > 0, values, 0).max() if largest else (weight * values).sum() / micro_batch
+
+
+def _over_places(name: str, largest: bool, values: Array, weight: Array) -> Array:
+    """[micro-batches, places] -> a scalar, or [places] where it is the step that tells what went wrong."""
+    if largest:
+        return values.max(0)
+    values = values / weight
+    return values.sum(0) if name.startswith("ratio/") else values.sum() / values.shape[1]
+
+
+def _norm(params: Any) -> Array:
+    """The norm of all parameters, in fp32; not finite if one of them is not."""
+    return optax.global_norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+
+def _moved(
+    rules: Mapping[str, Average], by: str, averages: Mapping[str, Any], params: Any, count: Array
+) -> dict[str, Any]:
+    """The averages, of which those that move `by` this have moved."""
+    return dict(averages) | {
+        name: optax.incremental_update(params, averages[name], 1 - rule.at(count))
+        for name, rule in rules.items()
+        if rule.by == by
+    }
 
 
 def apply_updates(params: Any, updates: Any, key: Array | None) -> Any:
@@ -140,10 +409,3 @@ def stochastic_round(x: Array, key: Array) -> Array:
     bits = lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     rounded = lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
-
-
-def _by_step(name: str, values: Array) -> Array:
-    """Reduce [micro-batches, steps]: ratios keep the step, since it is the step that tells what went wrong."""
-    if not name.startswith("ratio/"):
-        return values.mean()
-    return values.max(0) if name.endswith("max_deviation") else values.mean(0)

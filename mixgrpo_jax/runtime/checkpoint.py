@@ -1,6 +1,9 @@
 """Save and resume a run: the train state and the host's state, in one Orbax checkpoint."""
 
+import functools
+import operator
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,16 +42,24 @@ class Checkpoints:
             items["samples"] = ocp.args.StandardSave(samples)
         return self._manager.save(iteration, args=ocp.args.Composite(**items), force=force)
 
-    def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
-        """State and host state, laid out as `like`: a tree of arrays, or of shapes with shardings."""
+    def restore_host(self) -> dict:
+        """The host state of the newest checkpoint."""
+        return self._manager.restore(self.latest, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, laid out as `like`: a tree of arrays, or of shapes with shardings."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
-        restored = self._manager.restore(self.latest if iteration is None else iteration, args=args)
-        return restored["state"], restored["host"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(self.latest, args=args)["state"]
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Of the newest checkpoint."""
+        return pathlib.Path(self._manager.directory) / str(self.latest)
 
     def has_samples(self) -> bool:
         """Whether the newest checkpoint has samples of the next iteration."""
-        return (self._manager.directory / str(self.latest) / "samples").exists()
+        return (self.folder / "samples").exists()
 
     def restore_samples(self, like: Any) -> Any:
         """Samples of the newest checkpoint, laid out as `like`."""
@@ -56,11 +67,13 @@ class Checkpoints:
         args = ocp.args.Composite(samples=ocp.args.StandardRestore(abstract))
         return self._manager.restore(self.latest, args=args)["samples"]
 
-    def restore_part(self, name: str, like: Any) -> Any:
-        """One field of the newest state (of its parameters, or their average), laid out as `like`."""
-        abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    def restore_part(self, path: Sequence[str], like: Any) -> Any:
+        """A part of the newest state by its path (its parameters, or an average of them), laid out as `like`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for name in reversed(path):
+            abstract = {name: abstract}
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, partial_restore=True))
-        return self._manager.restore(self.latest, args=args)["state"][name]
+        return functools.reduce(operator.getitem, path, self._manager.restore(self.latest, args=args)["state"])
 
     def close(self) -> None:
         """Wait for saves under way, and let go."""

@@ -1,11 +1,13 @@
 """What a run writes down: metrics.jsonl, one object a line; TensorBoard where it is installed."""
 
+import collections
 import contextlib
 import importlib.util
 import json
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +24,23 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
 }
+
+
+_compiled: collections.Counter[str] = collections.Counter()
+
+
+def _count_compilation(event: str, duration_secs: float, **about: Any) -> None:
+    del duration_secs
+    if event.endswith("backend_compile_duration"):
+        _compiled[about.get("fun_name", "")] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+def compilations(*functions: str) -> int:
+    """Programs that this process has compiled of jitted functions of these names, whatever made it compile again."""
+    return sum(_compiled[f"jit({name})"] for name in functions)
 
 
 class PhaseTimer:
@@ -51,21 +70,19 @@ def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def throughput(
-    line: Mapping, timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
+    timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
 ) -> dict[str, float]:
-    """Pictures a second of an iteration, and the model FLOPs utilisation where the chip's peak is known.
+    """Pictures a second of an iteration, and where the chip's peak is known, the share of it that its FLOPs make.
 
-    A gradient counts as three evaluations; recomputation is not counted. The utilisation is of the seconds of rollout
-    and update; of all, where rollouts are `overlapped` with rewards.
+    The utilisation is of the seconds of rollout and update; of all, where rollouts are `overlapped` with rewards.
     """
     work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     if peak:
-        done = flops * (line["nfe/rollout"] + 3 * line["nfe/update"])
         busy = sum(work.values()) if overlapped else work["rollout"] + work["update"]
-        result["time/utilisation"] = done / busy / (peak * devices)
+        result["time/utilisation"] = flops / busy / (peak * devices)
     return result
 
 
@@ -75,13 +92,9 @@ def brief(line: Mapping) -> dict[str, str]:
         k.split("/")[1]: f"{v:.3f}" for k, v in line.items() if k.startswith(("reward/", "watched/")) and "mean" in k
     }
     seconds = {k.removeprefix("time/"): f"{line[k]:.1f}s" for k in ("time/rollout", "time/reward", "time/update")}
-    return rewards | {
-        "clip": f"{line['ratio/clip_fraction']:.2f}",
-        "drift": f"{line['ratio/drift']:.1e}",
-        "window": f"{line['window/start']}",
-        "nfe": f"{line['nfe/rollout']}+{line['nfe/update']}",
-        **seconds,
-    }
+    forms = {"ratio/clip_fraction": "clip {:.2f}", "ratio/drift": "drift {:.1e}", "window/start": "window {}"}
+    shown = dict(form.format(line[key]).split() for key, form in forms.items() if key in line)
+    return rewards | shown | {"nfe": f"{line['nfe/rollout']}+{line['nfe/update']}"} | seconds
 
 
 class MetricWriter:

@@ -2,15 +2,12 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
 from mixgrpo_jax.runtime import metrics
-
-matplotlib.use("Agg")  # a run has no display
-from matplotlib import pyplot as plt
 
 
 def tile(images: np.ndarray, columns: int, scale: int = 2, gap: int = 4) -> np.ndarray:
@@ -34,7 +31,7 @@ def grid(
     path: str | pathlib.Path, pictures: Mapping[str, np.ndarray], prompts: Sequence[str], columns: int = 2
 ) -> None:
     """One row per prompt (`columns` of them side by side): the prompt, then its picture in each of `pictures`."""
-    names, per = list(pictures), len(pictures) + 1
+    plt, names, per = _pyplot(), list(pictures), len(pictures) + 1
     rows = -(-len(prompts) // columns)
     figure, axes = plt.subplots(rows, per * columns, figsize=(2.1 * per * columns, 0.62 * rows + 0.35), squeeze=False)
     for axis in axes.flat:
@@ -53,7 +50,7 @@ def grid(
 
 def curve(workdir: str | pathlib.Path, name: str = "rewards.png") -> None:
     """Mean rewards by iteration, from `workdir`/metrics.jsonl; held-out scores as points."""
-    lines = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    plt, lines = _pyplot(), metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
     figure, axis = plt.subplots(figsize=(7, 3.6))
     for prefix, style in (("reward/", "-"), ("watched/", "--"), ("held_out/", "o-")):
         series = sorted({k for line in lines for k in line if k.startswith(prefix) and k.endswith("/mean")})
@@ -66,3 +63,13 @@ def curve(workdir: str | pathlib.Path, name: str = "rewards.png") -> None:
     figure.tight_layout()
     figure.savefig(pathlib.Path(workdir) / name, dpi=130)
     plt.close(figure)
+
+
+def _pyplot() -> Any:
+    """matplotlib, imported at the first picture: it takes a third of a command's start."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a run has no display
+    from matplotlib import pyplot
+
+    return pyplot

@@ -227,11 +227,17 @@ def test_low_precision_inputs_are_computed_in_float32(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_sigma_for_each_sample(kernel):
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
+def test_a_sigma_and_an_eta_for_each_sample(kernel, shape):
     x, v = draw(0), draw(1)
-    sigma, sigma_next = np.array([[1.0], [0.8], [0.2]])[..., None], np.array([[0.9], [0.7], [0.0]])[..., None]
-    batch = jax.jit(KERNELS[kernel])(x, v, sigma, sigma_next, ETA)
+    given = np.array([[1.0, 0.8, 0.2], [0.9, 0.7, 0.0], [ETA, 0.3, 0.0]], np.float32)
+    batch = jax.jit(KERNELS[kernel])(x, v, *(row.reshape(shape) for row in given))
     for i in range(3):
-        alone = KERNELS[kernel](x[i], v[i], sigma[i, 0, 0], sigma_next[i, 0, 0], ETA)
+        alone = KERNELS[kernel](x[i], v[i], *given[:, i])
         np.testing.assert_allclose(batch.mean[i], alone.mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batch.std[i, 0, 0], alone.std, rtol=1e-5)
+        np.testing.assert_allclose(batch.dmean_dv[i, 0, 0], alone.dmean_dv, rtol=1e-5)
+
+
+def test_kernels_keep_their_names_and_docstrings():
+    assert KERNELS["flow"].__name__ == "flow_sde" and "Flow-GRPO" in KERNELS["flow"].__doc__

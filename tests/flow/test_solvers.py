@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.flow.schedules import shifted_sigmas
-from mixgrpo_jax.flow.solvers import SOLVERS, dpm_solver, empty_history, euler, push, repeat
+from mixgrpo_jax.flow.solvers import SOLVERS, dpm_solver, empty_history, euler, push
 
 DPM = ("dpm_midpoint", "dpm_heun")
 VARIANCE = 0.3
@@ -137,7 +137,7 @@ def test_history_keeps_the_last_two_estimates():
     assert history.x0[0].dtype == jnp.float32
     for sigma in (0.9, 0.8, 0.7):
         history = push(history, x, jnp.ones(2), sigma)
-    np.testing.assert_allclose(history.sigma, (0.7, 0.8), rtol=1e-6)
+    np.testing.assert_allclose(history.sigma, ((0.7, 0.7), (0.8, 0.8)), rtol=1e-6)  # one of each sample
     np.testing.assert_allclose(history.x0, (x - 0.7, x - 0.8), rtol=1e-6)
 
 
@@ -149,8 +149,29 @@ def test_repeated_history_steps_as_its_source():
         return jnp.repeat(a, 3, axis=0)
 
     _, expected = dpm_solver(history, x, v, 0.7, 0.5, 3)
-    _, actual = dpm_solver(repeat(history, 3), rows(x), rows(v), 0.7, 0.5, 3)
+    _, actual = dpm_solver(jax.tree.map(rows, history), rows(x), rows(v), 0.7, 0.5, 3)
     np.testing.assert_allclose(actual, rows(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sigma_an_order_and_a_history_for_each_sample(solver):
+    x, v = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))  # [B = 3, S, C] each
+    sigma, sigma_next, order = jnp.array([0.9, 0.5, 0.3]), jnp.array([0.7, 0.4, 0.0]), jnp.array([1, 3, 2])
+
+    def held(number, sigma, x, v):
+        history = empty_history(x)
+        for last in range(number):
+            history = push(history, x, v * (last + 2), sigma + 0.2 - 0.1 * last)
+        return history
+
+    histories = [held(b, sigma[b], x[b : b + 1], v[b : b + 1]) for b in range(3)]  # 0, 1 and 2 estimates
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *histories)
+    later, x_next = SOLVERS[solver](together, x, v, sigma, sigma_next, order)
+    np.testing.assert_array_equal(later.num_held.ravel(), [1, 2, 2])
+    for b, history in enumerate(histories):
+        alone, expected = SOLVERS[solver](history, x[b : b + 1], v[b : b + 1], sigma[b], sigma_next[b], order[b])
+        np.testing.assert_allclose(x_next[b], expected[0], rtol=1e-5, atol=1e-6)
+        jax.tree.map(lambda a, c: np.testing.assert_allclose(a[b], c[0], rtol=1e-6), later, alone)  # noqa: B023
 
 
 def test_unknown_variant_is_refused():

@@ -56,9 +56,24 @@ def test_flat_pictures_have_a_score_and_a_bad_one(level):
     assert brisque.brisque(np.full((1, 64, 64, 3), level, np.uint8))[0] > 100
 
 
-def test_flat_pictures_have_a_gradient_too():
-    flat = jnp.concatenate([jnp.full((1, 32, 32, 3), level) for level in (0.0, 200.0)])
-    assert np.isfinite(jax.grad(lambda x: brisque.brisque(x).sum())(flat)).all()
+def test_local_statistics_have_a_gradient_in_flat_pictures():
+    flat = jnp.stack([jnp.full((16, 16), level) for level in (0.0, 0.8)])
+    contrast = jax.grad(lambda x: brisque._contrast(x).sum())(flat)
+    fit = jax.grad(lambda x: jnp.stack(brisque._fit(x)).sum())(flat)
+    assert np.isfinite(contrast).all() and np.isfinite(fit).all()
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_the_values_and_finite_in_flat_pictures(photographs):
+    own = brisque.brisque_reward().differentiable
+    score = jax.jit(lambda x: own.function(own.params, x, own.inputs([""] * 4, [{}] * 4)))
+    x = np.float32(photographs[:, :32, :32])
+    x[2], x[3] = 0, 200
+    gradient = np.asarray(jax.grad(lambda x: score(x).sum())(x))
+    assert np.isfinite(gradient).all()
+    step = 0.1 * gradient / np.linalg.norm(gradient[:2].reshape(2, -1), axis=1).repeat(2)[:, None, None, None]
+    difference = (score(x + step) - score(x - step)) / 2
+    np.testing.assert_allclose(np.sum(gradient * step, (1, 2, 3))[:2], difference[:2], rtol=0.05)
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])

@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 
+from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.runtime import metrics, report
 
 
@@ -28,20 +30,36 @@ def test_lines_are_flat_numbers_and_survive_a_restart(tmp_path):
 
 
 def test_means_and_throughput():
-    assert metrics.means("reward", {"a": np.array([1.0, 3.0])}) == {"reward/a/mean": 2.0, "reward/a/std": 1.0}
+    scores = {"a": np.array([1.0, 3.0], np.float32), "b": np.array([2.0, 2.0, 5.0])}
+    expected = {"reward/a/mean": 2.0, "reward/a/std": 1.0, "reward/b/mean": 3.0, "reward/b/std": 2**0.5}
+    assert metrics.means("reward", scores) == pytest.approx(expected, rel=1e-12)
+    assert all(type(value) is float for value in metrics.means("reward", scores).values())
     timer = metrics.PhaseTimer()
     timer.seconds = {"rollout": 1.0, "reward": 2.0, "update": 1.0}
-    result = metrics.throughput({"nfe/rollout": 1, "nfe/update": 1}, timer, samples=8, flops=1.0, devices=1)
+    result = metrics.throughput(timer, samples=8, flops=1.0, devices=1)
     assert result == {"time/iteration": 4.0, "time/images_per_second": 2.0}  # no peak is known of a CPU
     assert timer.metrics() == {"time/rollout": 1.0, "time/reward": 2.0, "time/update": 1.0}
 
 
-def test_utilisation_counts_a_gradient_as_three_evaluations(monkeypatch):
+@pytest.mark.parametrize(("overlapped", "busy"), [(False, 2.5), (True, 8.5)])
+def test_utilisation_is_of_the_seconds_in_which_the_policy_is_at_work(monkeypatch, overlapped, busy):
     monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 100.0)
     timer = metrics.PhaseTimer()
-    timer.seconds = {"rollout": 1.0, "reward": 5.0, "update": 1.0}
-    result = metrics.throughput({"nfe/rollout": 10, "nfe/update": 10}, timer, samples=8, flops=3.0, devices=2)
-    assert result["time/utilisation"] == 3.0 * 40 / 2.0 / 200.0
+    timer.seconds = {"rollout": 1.0, "decode": 1.0, "reward": 5.0, "update": 1.5, "checkpoint": 50.0}
+    result = metrics.throughput(timer, samples=17, flops=120.0, devices=2, overlapped=overlapped)
+    assert result == {
+        "time/iteration": 8.5,
+        "time/images_per_second": 2.0,
+        "time/utilisation": pytest.approx(120.0 / busy / 200.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("adapters", "recomputed", "update"), [(False, False, 52), (True, False, 42), (True, True, 52)]
+)
+def test_a_gradient_costs_two_passes_more_and_with_adapters_one(adapters, recomputed, update):
+    cost = Cost(rollout=100, update=32, gradient=10)
+    assert cost.work(adapters, recomputed) == {"rollout": 100, "update": update}
 
 
 def test_pictures_are_tiled_on_white():
@@ -55,7 +73,7 @@ def test_pictures_are_tiled_on_white():
 
 def test_a_grid_shows_each_prompt_beside_its_pictures(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
+    monkeypatch.setattr(pyplot, "close", figures.append)
     before = np.arange(3 * 4 * 6 * 3, dtype=np.uint8).reshape(3, 4, 6, 3)
     pictures = {"before": before, "after": 255 - before}
     report.grid(tmp_path / "grid.png", pictures, ["a", "b", "c"])

@@ -1,6 +1,7 @@
 """Parameters as Orbax checkpoints, written and read leaf by leaf, or straight onto a mesh."""
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,22 +64,27 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def lazy_restore(folder: str | os.PathLike, name: str = "", dtype: Any = None) -> Any:
-    """A tree of `Lazy` over a checkpoint, or over its field `name`, in `dtype` or else as stored.
-
-    Of large leaves, the one last indexed stays in memory. Raises ValueError for a folder that is no checkpoint.
-    """
+def stored(folder: str | os.PathLike) -> Any:
+    """What a checkpoint holds, as a tree of shapes and dtypes. Raises ValueError for a folder that is no checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata
     if metadata is None:
         raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole")
-    stored = traverse_util.flatten_dict(metadata.tree[name] if name else metadata.tree)
-    structs = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for path, leaf in stored.items()}
+    return metadata.tree
+
+
+def lazy_restore(folder: str | os.PathLike, within: Sequence[str] = (), dtype: Any = None) -> Any:
+    """A tree of `Lazy` over a checkpoint, or over the part of it at the path `within`, in `dtype` or else as stored.
+
+    Of large leaves, the one last indexed stays in memory. Raises ValueError for a folder that is no checkpoint.
+    """
+    prefix = tuple(within)
+    held_there = traverse_util.flatten_dict(functools.reduce(operator.getitem, prefix, stored(folder)))
+    structs = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for path, leaf in held_there.items()}
 
     def read(paths):
-        tree = traverse_util.unflatten_dict({path: structs[path] for path in paths})
-        restored = restore(folder, {name: tree} if name else tree)
-        return traverse_util.flatten_dict(restored[name] if name else restored)
+        tree = traverse_util.unflatten_dict({(*prefix, *path): structs[path] for path in paths})
+        return traverse_util.flatten_dict(functools.reduce(operator.getitem, prefix, restore(folder, tree)))
 
     @functools.cache
     def small():

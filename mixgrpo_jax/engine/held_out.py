@@ -1,0 +1,127 @@
+"""How a policy does on prompts that it is not trained on."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mixgrpo_jax.config import ConfigError, Evaluation, Settings
+from mixgrpo_jax.flow import plans, rollout, schedules
+from mixgrpo_jax.flow.sampler import Sampler
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.scoring import score_chunks
+from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.tasks import load_task
+
+
+def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], Any]) -> Callable[..., jax.Array]:
+    """`draw(trained, frozen, cond, noise) -> images`: deterministic sampling by a config's `evaluation`, jitted.
+
+    With `trained_steps` K, the trained policy takes the first K steps and the base the others (hybrid inference): what
+    a picture says is decided early, what it looks like late.
+    """
+    shift = options.shift or schedules.resolution_shift(policy.latent_shape[0])
+    sigmas = schedules.shifted_sigmas(options.num_steps, shift)
+    orders = plans.solver_orders(options.solver_order, options.num_steps)
+    switch = options.num_steps if options.trained_steps is None else options.trained_steps
+
+    @jax.jit
+    def draw(trained, frozen, cond, noise):
+        x, base = noise, frozen["base"]
+        for params, steps in ((attach(trained, base), slice(0, switch)), (base, slice(switch, options.num_steps))):
+            if steps.start < steps.stop:
+                velocity = functools.partial(policy.velocity, params)
+                grid = sigmas[steps.start : steps.stop + 1]
+                x = rollout.integrate(velocity, grid, x, cond, orders=orders[steps], solver=options.solver)
+        return policy.decode(frozen, x)
+
+    return draw
+
+
+class Assessment(NamedTuple):
+    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}."""
+
+    images: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    def save(self, path: pathlib.Path) -> None:
+        """Write both to a .npz file."""
+        arrays: dict[str, Any] = {"images": self.images, **self.scores}
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Assessment":
+        """Read what `save` wrote."""
+        with np.load(path) as file:
+            scores = {name: file[name] for name in file.files}
+        return cls(scores.pop("images"), scores)
+
+
+class HeldOut:
+    """The held-out prompts of a task, and how a policy is scored on them by rewards."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policy: Policy,
+        rewards: Sequence[Reward],
+        attach: Callable[[Any, Any], Any] = lambda trained, base: trained,
+    ):
+        self.options, self.policy, self.rewards = settings.evaluation, policy, rewards
+        self.task = load_task(settings.data.name)
+        dataset = self.task.load("test", settings.data.folder)
+        if self.options.prompts > len(dataset):
+            raise ConfigError(
+                f"evaluation.prompts={self.options.prompts}: {settings.data.name} holds {len(dataset)} out; ask for "
+                "fewer"
+            )
+        self.elements = [dataset[i] for i in range(self.options.prompts)]
+        self.prompts = [element["prompt"] for element in self.elements]
+        self.metadata = [element["metadata"] for element in self.elements]
+        self.groups = [self.task.groups(metadata) for metadata in self.metadata]
+        # apart from every iteration's
+        self.key = jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 1)
+        self._draw = make_draw(policy, self.options, attach)
+        self._features = jax.jit(policy.features)
+
+    def draw(self, trained: Any, frozen: Any) -> np.ndarray:
+        """Pictures of the prompts, the same noise every time: a prompt's depends on its index, not on its batch."""
+        count, size = len(self.prompts), self.options.batch
+        images = []
+        for start in tqdm(range(0, count, size), desc="draw held-out", leave=False, disable=not distributed.is_first()):
+            index = np.arange(start, start + size)
+            batch = self.task.collate([self.elements[i] for i in index])
+            cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
+            noise = rollout.initial_noise(Sampler(), self.key, jnp.asarray(index), self.policy.latent_shape)
+            images.append(distributed.gather(self._draw(trained, frozen, cond, noise)))
+        return np.concatenate(images)
+
+    def assess(self, trained: Any, frozen: Any) -> Assessment:
+        """Pictures of the prompts and their scores by every reward."""
+        images = self.draw(trained, frozen)
+        score = functools.partial(score_chunks, self.rewards)
+        everything = np.arange(len(images))
+        scores = distributed.map_rows(score, [images], [everything], self.prompts, self.metadata)
+        return Assessment(images, {name: score.value for name, score in scores.items()})
+
+
+def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:
+    """Mean scores as text: over all samples, then by each label of their groups, {kind: label} for each sample."""
+    rows = {"all": np.ones(len(next(iter(scores.values()))), bool)}
+    for kind in dict.fromkeys(kind for group in groups for kind in group):
+        labels = np.array([group.get(kind, "") for group in groups])
+        rows |= {f"{kind} {label}": labels == label for label in np.unique(labels)}
+
+    title = max(map(len, rows)) + 2
+    columns = {name: max(len(name) + 2, 10) for name in scores}
+    lines = [f"{'':<{title}}{'n':>6}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
+    for row, chosen in rows.items():
+        means = "".join(f"{scores[name][chosen].mean():>{width}.3f}" for name, width in columns.items())
+        lines.append(f"{row:<{title}}{chosen.sum():>6}{means}")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""A config's policy on a mesh, and what a run has trained of it."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixgrpo_jax.config import Settings
+from mixgrpo_jax.models import families
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.trainable import Trainable, make_trainable
+from mixgrpo_jax.rl.update import TrainState
+from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
+
+
+def load_policy(
+    settings: Settings, mesh: Any, *, master: bool = False, text: bool = True
+) -> tuple[Parts, Policy, Trainable, dict[str, Any]]:
+    """A config's model on a mesh: its parts, the policy, what is trained of it, and its other parameters by part.
+
+    The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in the optimiser's
+    dtype; otherwise they keep the file's, as adapters' base and encoders do anyway. Without `text` the text encoders
+    stay away: the data have their features.
+    """
+    options = settings.model
+    parts, params = families.load(
+        options.folder,
+        transformer=options.transformer,
+        text=text,
+        dtype=jnp.dtype(settings.optimizer.dtype) if master and not options.lora.rank else None,
+        place=lambda tree, rules: meshes.shardings(tree, rules, mesh),
+    )
+    key = jax.random.key(settings.config.seed)
+    trainable = make_trainable(parts, params.pop("transformer"), options.lora, key, settings.keep_base)
+    return parts, parts.family.make(parts, options), trainable, params | {"base": trainable.base}
+
+
+VERSION = 2  # of what a checkpoint holds; 1 had the average "ema" as a field, and called the planner's state window
+
+
+def host_state(planned: Any) -> dict[str, Any]:
+    """What a checkpoint holds of the host: the planner's state, and the version of the whole."""
+    return {"version": VERSION, "planned": planned._asdict()}
+
+
+def restore_run(checkpoints: Checkpoints, state: TrainState, planned: Any) -> tuple[TrainState, Any]:
+    """The newest state, and the planner's, laid out as these; of an earlier version, they are converted.
+
+    Raises ValueError for a later version, or for what cannot be converted.
+    """
+    host = checkpoints.restore_host()
+    version = version_of(host, checkpoints)
+    if version == VERSION:
+        return _finite(checkpoints.restore(state), checkpoints), type(planned)(**host["planned"])
+    if checkpoints.has_samples():
+        raise ValueError(
+            f"{checkpoints.folder}: version {version} of mixgrpo_jax's checkpoints holds samples of another layout. "
+            "Remove its folder samples/, and they are drawn anew; or finish the run with the version it was begun with"
+        )
+    if others := sorted(state.averages.keys() - {"ema"}):
+        raise ValueError(
+            f"{checkpoints.folder}: version {version} of mixgrpo_jax's checkpoints has no averages.{others[0]}: begin "
+            "the run anew"
+        )
+    old = {"params": state.params, "opt_state": state.opt_state, "ema": state.averages.get("ema"), "step": state.step}
+    found = checkpoints.restore(old)
+    averages = {name: found["ema"] for name in state.averages}
+    restored = TrainState(found["params"], found["opt_state"], averages, found["step"])
+    return _finite(restored, checkpoints), type(planned)(**host["window"])
+
+
+def _finite(tree: Any, checkpoints: Checkpoints) -> Any:
+    """What was restored. Raises ValueError where a number in it is not finite."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all())(numbers):
+        raise ValueError(
+            f"{checkpoints.folder} holds parameters that are not finite: remove it, and the one before is taken"
+        )
+    return tree
+
+
+def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
+    """Of the newest checkpoint, whose host state is given. Raises ValueError for a later one than is known here."""
+    version = host.get("version", 1)
+    if version > VERSION:
+        raise ValueError(
+            f"{checkpoints.folder} is version {version} of mixgrpo_jax's checkpoints, and this is {VERSION}: install a "
+            "later mixgrpo_jax"
+        )
+    return version
+
+
+def restore_trained(settings: Settings, workdir: str | pathlib.Path, trained: Any) -> tuple[Any, str]:
+    """Trained parameters (an average or raw) from the newest checkpoint of workdir, else `trained`; and where from."""
+    checkpoints, average = Checkpoints(workdir), settings.evaluation.average
+    if checkpoints.latest is None:
+        return trained, settings.model.folder or "the shipped checkpoint"
+    path = average_path(average, version_of(checkpoints.restore_host(), checkpoints))
+    return _finite(
+        checkpoints.restore_part(path, trained), checkpoints
+    ), f"iteration {checkpoints.latest} ({average or 'params'})"
+
+
+def average_path(average: str, version: int) -> tuple[str, ...]:
+    """Where a checkpoint of a version holds an average of the parameters, or with "" the parameters."""
+    if not average:
+        return ("params",)
+    return ("averages", average) if version > 1 else (average,)

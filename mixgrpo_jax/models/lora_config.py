@@ -1,0 +1,50 @@
+"""The settings of low-rank adapters, apart from `lora`: a config names them before it needs any of it."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+INITS = ("gaussian", "kaiming_uniform")
+BASES = ("float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is adapted, and how.
+
+    rank: r; 0 trains all parameters instead.
+    alpha: the adapters' product is scaled by alpha/r.
+    targets: regex that the whole path of a linear layer matches, as "double_blocks/image/attention/q"; "" takes the
+      model family's own.
+    init: of A, "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and its
+      default. B starts at zero, and so the adapted model as the base.
+    base: dtype of the frozen parameters, see `lora.freeze`.
+    """
+
+    rank: int = 0
+    alpha: float = 64.0
+    targets: str = ""
+    init: str = "gaussian"
+    base: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"model.lora.rank={self.rank} must be positive, or 0 to train without adapters")
+        if not self.alpha > 0:
+            raise ValueError(f"model.lora.alpha={self.alpha} must be positive: the adapters are scaled by alpha/rank")
+        for field, choices in (("init", INITS), ("base", BASES)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"model.lora.{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"model.lora.targets={self.targets!r} is not a regular expression: {error}") from None
+
+    @property
+    def scale(self) -> float:
+        """alpha/r."""
+        return self.alpha / max(self.rank, 1)
+
+    def on(self, targets: str) -> "LoraConfig":
+        """The same, with a family's own targets where none are given."""
+        return self if self.targets else dataclasses.replace(self, targets=targets)

@@ -1,0 +1,163 @@
+"""Rewards to advantages: rewards are combined, shaped, and spread over places and positions.
+
+Computed on the host in float64: in fp32 the mean of equal rewards may miss them by one unit in the last place, which a
+standard deviation of the same size then blows up to an advantage of order one.
+"""
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Scores = Mapping[str, Any]  # of each reward, `value` [B], and `map` [B, S] over latent positions or None
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How rewards become advantages. The defaults are MixGRPO's.
+
+    combine, shape and spread are names of the tables below, or "module:function" of one's own with their signature.
+
+    Attributes:
+      combine: (scores {name: [B]}, group [B], shares {name: sum to 1}, credit) -> A [B]. "advantages" normalises each
+        reward and then adds them by weight; "rewards" adds raw rewards by weight and normalises the sum.
+      shape: (A [B], group [B], credit) -> A [B]. "none" leaves it.
+      spread: (A [B], scores {name: Score}, shares, rollout) -> A [n or 1, B, S or 1]. "even" gives every place and
+        position the sample's; "map" multiplies it by the rewards' maps.
+      mean_scope, std_scope: "group" or "batch", whose statistics are used. std_scope "none" only subtracts the mean.
+      ddof, epsilon: A = (r - mean) / (std + epsilon), with the std's delta degrees of freedom.
+      trim: this fraction of each group's lowest rewards is left out of the statistics (not of the result).
+      clip: advantages are limited to [-clip, clip], when they are shaped.
+
+    Raises:
+      ValueError: when a field is out of range.
+    """
+
+    combine: str = "advantages"
+    mean_scope: str = "group"
+    std_scope: str = "group"
+    ddof: int = 1
+    epsilon: float = 1e-8
+    trim: float = 0.0
+    clip: float = 5.0
+    shape: str = "none"
+    spread: str = "even"
+
+    def __post_init__(self):
+        known = {
+            "mean_scope": ("group", "batch"),
+            "std_scope": ("group", "batch", "none"),
+            "ddof": (0, 1),
+        }
+        for field, values in known.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"advantage.{field}={getattr(self, field)!r} is unknown; choose from {values}")
+        for field in ("combine", "shape", "spread"):
+            self._named(field)
+        if not 0 <= self.trim < 1:
+            raise ValueError(f"advantage.trim={self.trim} is not in [0, 1): it is a fraction of each group")
+        if not self.clip > 0 or not self.epsilon >= 0:
+            raise ValueError(f"advantage.clip={self.clip}, epsilon={self.epsilon}: choose clip > 0 and epsilon >= 0")
+
+    def _named(self, field: str) -> Callable:
+        table, name = TABLES[field], getattr(self, field)
+        if name in table:
+            return table[name]
+        if ":" in name:
+            return pkgutil.resolve_name(name)
+        raise ValueError(f"advantage.{field}={name!r} is unknown; choose from {tuple(table)}, or write module:function")
+
+    def of_samples(
+        self, scores: Mapping[str, np.ndarray], group: np.ndarray, weights: Mapping[str, float]
+    ) -> np.ndarray:
+        """Combined and shaped advantages A [B] float32 of the scores {name: [B]}.
+
+        Samples with the same integer in `group` [B] are compared.
+
+        >>> Credit().of_samples({"r": np.array([1.0, 0.0, 5.0, 5.0])}, np.array([0, 0, 1, 1]), {"r": 1.0}).round(4)
+        array([ 0.7071, -0.7071,  0.    ,  0.    ], dtype=float32)
+        """
+        rewards = {name: np.asarray(scores[name], np.float64) for name in weights}
+        combined = self._named("combine")(rewards, group, shares(weights), self)
+        shaped = self._named("shape")(combined, group, self)
+        return np.clip(shaped, -self.clip, self.clip).astype(np.float32)
+
+    def over_places(
+        self, advantage: np.ndarray, scores: Scores, weights: Mapping[str, float], rollout: Any = None
+    ) -> np.ndarray:
+        """Advantages of samples [B] over the places where they are trained and their positions: [n or 1, B, S or 1]."""
+        return np.asarray(self._named("spread")(advantage, scores, shares(weights), rollout), np.float32)
+
+
+def shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights, in proportion, with sum 1."""
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def by_advantage(rewards: Mapping[str, np.ndarray], group: np.ndarray, share: Mapping[str, float], credit: Credit):
+    """Each reward normalised, then the weighted sum, [B]."""
+    return np.sum([share[name] * normalise(rewards[name], group, credit) for name in share], axis=0)
+
+
+def by_reward(rewards: Mapping[str, np.ndarray], group: np.ndarray, share: Mapping[str, float], credit: Credit):
+    """The weighted sum of raw rewards, normalised, [B]."""
+    return normalise(np.sum([share[name] * rewards[name] for name in share], axis=0), group, credit)
+
+
+def even(advantage: np.ndarray, scores: Scores, share: Mapping[str, float], rollout: Any) -> np.ndarray:
+    """The sample's advantage everywhere, [1, B, 1]."""
+    del scores, share, rollout
+    return advantage[None, :, None]
+
+
+def by_map(advantage: np.ndarray, scores: Scores, share: Mapping[str, float], rollout: Any) -> np.ndarray:
+    """The sample's advantage times the weighted mean of the maps, where rewards give some: [1, B, S].
+
+    Raises ValueError where none does.
+    """
+    del rollout
+    maps = {name: scores[name].map for name in share if scores[name].map is not None}
+    if not maps:
+        raise ValueError(f"advantage.spread='map': none of the rewards {', '.join(share)} gives a map; choose 'even'")
+    weight = sum(share[name] for name in maps)
+    return (advantage[:, None] * sum(share[name] / weight * np.asarray(maps[name]) for name in maps))[None]
+
+
+TABLES: dict[str, dict[str, Callable]] = {
+    "combine": {"advantages": by_advantage, "rewards": by_reward},
+    "shape": {"none": lambda advantage, group, credit: advantage},
+    "spread": {"even": even, "map": by_map},
+}
+
+
+def normalise(reward: np.ndarray, group_id: np.ndarray, credit: Credit) -> np.ndarray:
+    """(r - mean) / (std + epsilon) for one reward [B]."""
+    batch = np.zeros_like(group_id)
+    kept = _untrimmed(reward, group_id, credit.trim)
+    mean, _ = _statistics(reward, group_id if credit.mean_scope == "group" else batch, kept, credit.ddof)
+    if credit.std_scope == "none":
+        return reward - mean
+    _, std = _statistics(reward, group_id if credit.std_scope == "group" else batch, kept, credit.ddof)
+    return (reward - mean) / (std + credit.epsilon)
+
+
+def _statistics(reward, ids, kept, ddof):
+    """Mean and std of the kept rewards that share an id, spread back to [B]."""
+    _, ids = np.unique(ids, return_inverse=True)
+    count = np.bincount(ids, kept)
+    mean = (np.bincount(ids, kept * reward) / count)[ids]
+    variance = np.bincount(ids, kept * (reward - mean) ** 2) / np.maximum(count - ddof, 1)
+    return mean, np.sqrt(variance)[ids]
+
+
+def _untrimmed(reward, group_id, trim):
+    """1.0 where a reward counts, 0.0 for the lowest floor(n * trim) of its group's n."""
+    kept = np.ones_like(reward)
+    for group in np.unique(group_id):
+        members = np.flatnonzero(group_id == group)
+        lowest = members[np.argsort(reward[members], kind="stable")]
+        kept[lowest[: int(len(members) * trim)]] = 0
+    return kept

@@ -1,0 +1,6 @@
+"""What is minimised; each objective is a file, loaded when it is named."""
+
+OBJECTIVES = {
+    "grpo": "mixgrpo_jax.rl.objectives.grpo:GRPO",
+    "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
+}

@@ -1,0 +1,98 @@
+"""Which of the samples are trained on; each selection is a frozen dataclass, loaded when it is named.
+
+A selection is rectangular: of each of P' prompts, the same number of samples.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mixgrpo_jax.flow.plans import Plan
+from mixgrpo_jax.rl.update import Batch
+
+SELECTIONS = {"all": "mixgrpo_jax.rl.select:All", "extremes": "mixgrpo_jax.rl.select:Extremes"}
+
+
+class Selection(Protocol):
+    """Chooses samples by their advantages."""
+
+    def kept(self, group: int) -> int:
+        """Samples G' that are left of a group."""
+
+    def __call__(self, advantage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Advantages [P, G] -> positions in the batch [P', G'] int32, a prompt's together, and weights [P', G']."""
+
+
+@dataclass(frozen=True)
+class All:
+    """Every sample."""
+
+    def kept(self, group: int) -> int:
+        """All of them."""
+        return group
+
+    def __call__(self, advantage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [P, G], and weights of 1."""
+        return np.arange(advantage.size, dtype=np.int32).reshape(advantage.shape), np.ones(advantage.shape, np.float32)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The best and the worst of each group, in their order in the batch (DanceGRPO's best-of-N).
+
+    Attributes:
+      count: of each, so that twice as many are left.
+
+    Raises:
+      ValueError: a count that leaves nothing, or of a group that is smaller than twice the count.
+    """
+
+    count: int = 4
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"select.count={self.count}: keep at least one of the best and of the worst")
+
+    def kept(self, group: int) -> int:
+        """Twice the count."""
+        if 2 * self.count > group:
+            raise ValueError(f"select.count={self.count}: twice as many are more than batch.group={group}; lower it")
+        return 2 * self.count
+
+    def __call__(self, advantage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [P, 2 count], and weights of 1."""
+        prompts, group = advantage.shape
+        self.kept(group)
+        order = np.argsort(advantage, axis=1, kind="stable")
+        chosen = np.sort(np.concatenate([order[:, : self.count], order[:, group - self.count :]], axis=1), axis=1)
+        index = chosen + group * np.arange(prompts)[:, None]
+        return index.astype(np.int32), np.ones(index.shape, np.float32)
+
+
+def take(batch: Batch, plan: Plan, index: Array, group: int) -> tuple[Batch, Plan]:
+    """The samples at the positions [P', G'] of a batch in groups of G, and the plan of their P' prompts.
+
+    The result's weights [P' G'] are the batch's.
+    """
+    samples, prompts = index.reshape(-1), index[:, 0] // group
+
+    def of_nodes(a: Array) -> Array:  # [N, R, ...]
+        return a[:, samples // (len(batch.weight) // a.shape[1])]
+
+    def of_prompts(a: Array) -> Array:  # [..., P]
+        return jnp.asarray(a)[..., prompts]
+
+    by_place = jax.tree.map(lambda a: a[:, samples], (batch.advantage, batch.extra))
+    chosen = Batch(
+        None if batch.x0 is None else batch.x0[samples],
+        jax.tree.map(of_nodes, batch.rows),
+        by_place[0],
+        batch.weight[samples],
+        jax.tree.map(lambda a: a[prompts], batch.cond),
+        by_place[1],
+    )
+    return chosen, jax.tree.map(of_prompts, plan)

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+
+from mixgrpo_jax.rewards.contract import Score
+from mixgrpo_jax.rl.credit import Credit, shares
+
+GROUPS = np.repeat([0, 1, 2], 4)
+SCORES = {"a": np.random.default_rng(0).random(12), "b": np.random.default_rng(1).random(12) * 100}
+WEIGHTS = {"a": 1.0, "b": 3.0}
+
+
+def advantages(scores, group, weights, credit=Credit()):  # noqa: B008
+    return credit.of_samples(scores, group, weights)
+
+
+def test_by_hand():
+    reward = {"r": np.array([1.0, 2.0, 3.0, 6.0])}
+    ids = np.zeros(4, int)
+    result = advantages(reward, ids, {"r": 2.0})
+    std = np.sqrt(14 / 3)  # deviations -2, -1, 0, 3 and one degree of freedom
+    np.testing.assert_allclose(result, np.array([-2, -1, 0, 3]) / std, rtol=1e-6)
+    biased = advantages(reward, ids, {"r": 2.0}, Credit(ddof=0, epsilon=0.5))
+    np.testing.assert_allclose(biased, np.array([-2, -1, 0, 3]) / (np.sqrt(14 / 4) + 0.5), rtol=1e-6)
+
+
+def test_the_largest_of_a_group_of_12_is_below_the_clip():
+    reward = np.zeros(12)
+    reward[5] = 1.0
+    result = advantages({"r": reward}, np.zeros(12, int), {"r": 1.0})
+    np.testing.assert_allclose(result.max(), 11 / np.sqrt(12), rtol=1e-6)  # 3.18 < 5
+    assert advantages({"r": reward}, np.zeros(12, int), {"r": 1.0}, Credit(clip=2.0)).max() == 2.0
+
+
+@pytest.mark.parametrize("config", [Credit(), Credit("rewards"), Credit(std_scope="batch")])
+def test_invariant_to_permutation_and_to_names_of_groups(config):
+    order = np.random.default_rng(2).permutation(12)
+    result = advantages(SCORES, GROUPS, WEIGHTS, config)
+    shuffled = advantages({k: v[order] for k, v in SCORES.items()}, 7 * GROUPS[order] + 3, WEIGHTS, config)
+    np.testing.assert_allclose(shuffled, result[order], rtol=1e-5)
+
+
+def test_normalised_advantages_ignore_scales_and_raw_rewards_do_not():
+    scaled = SCORES | {"b": 1000 * SCORES["b"] + 5}
+    by_advantage, by_reward = Credit("advantages"), Credit("rewards")
+    np.testing.assert_allclose(
+        advantages(SCORES, GROUPS, WEIGHTS, by_advantage), advantages(scaled, GROUPS, WEIGHTS, by_advantage), atol=1e-5
+    )
+    raw = advantages(scaled, GROUPS, WEIGHTS, by_reward)
+    np.testing.assert_allclose(raw, advantages({"b": SCORES["b"]}, GROUPS, {"b": 1.0}, by_reward), atol=2e-4)
+    assert np.abs(raw - advantages(SCORES, GROUPS, WEIGHTS, by_advantage)).max() > 0.1
+
+
+def test_weights_are_shares():
+    result = advantages(SCORES, GROUPS, {"a": 1.0, "b": 1.0})
+    parts = [advantages(SCORES, GROUPS, {name: 1.0}) for name in "ab"]
+    np.testing.assert_allclose(result, sum(parts) / 2, atol=1e-6)
+    np.testing.assert_allclose(result, advantages(SCORES, GROUPS, {"a": 5.0, "b": 5.0}), atol=1e-6)
+
+
+def test_scopes():
+    reward = SCORES["a"]
+    group_mean = np.array([reward[g == GROUPS].mean() for g in GROUPS])
+    ids, weight = GROUPS, {"a": 1.0}
+    result = advantages(SCORES, ids, weight, Credit(std_scope="batch", ddof=0, epsilon=1e-4))
+    np.testing.assert_allclose(result, (reward - group_mean) / (reward.std() + 1e-4), rtol=1e-5)
+    result = advantages(SCORES, ids, weight, Credit(std_scope="none"))
+    np.testing.assert_allclose(result, reward - group_mean, rtol=1e-5)
+    result = advantages(SCORES, ids, weight, Credit(mean_scope="batch", std_scope="batch"))
+    np.testing.assert_allclose(result, (reward - reward.mean()) / reward.std(ddof=1), rtol=1e-5)
+
+
+def test_groups_may_differ_in_size_and_equal_rewards_teach_nothing():
+    ids = np.array([0, 0, 0, 1, 1, 2])
+    reward = {"r": np.array([0.1, 0.1, 0.1, 1.0, 3.0, 7.0], np.float32)}
+    result = advantages(reward, ids, {"r": 1.0})
+    np.testing.assert_allclose(result, [0, 0, 0, -np.sqrt(0.5), np.sqrt(0.5), 0], atol=1e-6)
+
+
+def test_trimming_leaves_the_lowest_out_of_the_statistics_only():
+    reward = np.array([-100.0, 1.0, 2.0, 3.0])
+    result = advantages({"r": reward}, np.zeros(4, int), {"r": 1.0}, Credit(trim=0.25, clip=1e3))
+    np.testing.assert_allclose(result, [-102, -1, 0, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("combine", "sum"),
+        ("shape", "square"),
+        ("spread", "thin"),
+        ("epsilon", -1.0),
+        ("mean_scope", "none"),
+        ("std_scope", "all"),
+        ("ddof", 2),
+        ("trim", 1.0),
+        ("clip", 0.0),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"advantage\..*{field}={value!r}"):
+        Credit(**{field: value})
+
+
+ADVANTAGE = np.array([1.0, -2.0, 0.5], np.float32)
+
+
+def maps(**values):
+    return {name: Score(np.zeros(3), None if a is None else np.asarray(a, float)) for name, a in values.items()}
+
+
+def test_even_credit_is_the_samples_own():
+    spread = Credit().over_places(ADVANTAGE, maps(r=None), {"r": 1.0})
+    assert spread.shape == (1, 3, 1) and spread.dtype == np.float32
+    np.testing.assert_array_equal(spread[0, :, 0], ADVANTAGE)
+
+
+def test_maps_of_ones_give_even_credit():
+    spread = Credit(spread="map").over_places(ADVANTAGE, maps(a=np.ones((3, 4)), b=np.ones((3, 4))), WEIGHTS)
+    np.testing.assert_array_equal(spread, np.broadcast_to(ADVANTAGE[None, :, None], (1, 3, 4)))
+
+
+def test_credit_by_maps_is_the_product_with_their_weighted_mean():
+    scores = maps(a=[[0, 2], [1, 1], [4, 0]], b=[[2, 0], [1, 3], [0, 0]], c=None)
+    spread = Credit(spread="map").over_places(ADVANTAGE, scores, {"a": 1.0, "b": 3.0, "c": 6.0})
+    # The reward without a map has no say in where: a has a quarter of what is left, b three quarters.
+    expected = [[1.5, 0.5], [-2.0, -5.0], [0.5, 0.0]]
+    np.testing.assert_allclose(spread, [expected], rtol=1e-6)
+
+
+def test_credit_by_maps_needs_a_map():
+    with pytest.raises(ValueError, match=r"advantage\.spread='map': none of the rewards r gives a map; choose 'even'"):
+        Credit(spread="map").over_places(ADVANTAGE, maps(r=None), {"r": 1.0})
+
+
+def largest(rewards, group, share, credit):
+    return np.max([share[name] * rewards[name] for name in share], axis=0)
+
+
+def signs(advantage, group, credit):
+    return np.sign(advantage) * credit.clip / 2
+
+
+def by_place(advantage, scores, share, rollout):
+    return advantage[None, :, None] * np.arange(1, rollout + 1)[:, None, None]
+
+
+def test_functions_of_ones_own():
+    credit = Credit(**{field: f"{__name__}:{name.__name__}" for field, name in OWN.items()}, clip=0.5)
+    result = credit.of_samples(SCORES, GROUPS, WEIGHTS)
+    expected = np.sign(np.maximum(SCORES["a"] / 4, 3 * SCORES["b"] / 4)) * 0.25
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    np.testing.assert_allclose(credit.over_places(ADVANTAGE, {}, {"a": 1.0}, 2)[:, 1, 0], [-2, -4])
+
+
+OWN = {"combine": largest, "shape": signs, "spread": by_place}
+
+
+@pytest.mark.parametrize("field", OWN)
+def test_names_are_looked_up_when_the_settings_are_made(field):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        Credit(**{field: "no_such_module:function"})
+    with pytest.raises(ValueError, match=rf"advantage\.{field}='best' is unknown; choose from .*module:function"):
+        Credit(**{field: "best"})
+
+
+def test_shares_sum_to_one():
+    assert shares({"a": 1.0, "b": 3.0}) == {"a": 0.25, "b": 0.75}

@@ -1,0 +1,92 @@
+"""That the whole of it learns: a small policy's pictures become bright where brightness is the reward."""
+
+import jax
+import numpy as np
+import pytest
+
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.collect import Collector
+from mixgrpo_jax.engine.held_out import HeldOut
+from mixgrpo_jax.engine.loading import load_policy
+from mixgrpo_jax.engine.programs import make_programs
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.tasks import load_task
+
+SEEDS = (1, 2, 3)
+ITERATIONS = 10
+
+
+def brightness(images, prompts, metadata):
+    return np.asarray(images, np.float32).mean((1, 2, 3)) / 255
+
+
+def as_they_are(advantage, rng):
+    return advantage
+
+
+def shuffled(advantage, rng):
+    return rng.permuted(advantage, axis=1)
+
+
+def flipped(advantage, rng):
+    return -advantage
+
+
+@pytest.fixture(scope="module")
+def setting(small_policy):
+    """A policy, its programs, and how it is scored."""
+    config = configs.base()
+    config.model.folder = str(small_policy)
+    config.rewards, config.watched = dict(bright=1.0), ()
+    config.reward_options = dict(bright=dict(kind="function", path=f"{__name__}:brightness"))
+    config.iterations = ITERATIONS
+    config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 8, 2, 16
+    config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 4, 2, 5
+    config.objective.clip_low = config.objective.clip_high = 1e-2
+    config.optimizer.learning_rate = 3e-3
+    config.evaluation.prompts = config.evaluation.batch = 32
+    config.evaluation.num_steps = 4
+    settings, mesh = configs.resolve(config), meshes.make_mesh(config.mesh)
+    parts, policy, trainable, frozen = load_policy(settings, mesh, master=True)
+    rewards = [Reward("bright", "host", brightness)]
+    programs = make_programs(settings, parts, trainable, mesh)
+    held_out = HeldOut(settings, policy, rewards, trainable.attach)
+    start = jax.tree.map(np.asarray, trainable.params)
+
+    def run(seed, change):
+        """The change of each held-out picture's brightness over a run, [N]."""
+        config.seed, rng = seed, np.random.default_rng(seed)
+        task = load_task("signs")
+        prompts = task.batches(task.load("train", ""), seed, config.batch.prompts)
+        collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
+        state, planned = programs.init(jax.tree.map(jax.numpy.asarray, start)), settings.planner.initial()
+        before = held_out.assess(state.params, frozen)
+        for _ in range(ITERATIONS):
+            drawn = collector.take(state, planned)
+            batch, *rest = collector.learn(drawn, collector.score(drawn)).given
+            by_group = batch.advantage.reshape(config.batch.prompts, -1)
+            batch = batch._replace(advantage=change(by_group, rng).reshape(batch.advantage.shape))
+            state, _ = programs.update(state, frozen["base"], batch, *rest)
+            planned = settings.planner.advance(planned)
+        return held_out.assess(state.params, frozen).scores["bright"] - before.scores["bright"]
+
+    return run
+
+
+def in_standard_errors(changes):
+    """The mean change of seeds' runs, in standard errors of what the seeds differ by and of what pictures do."""
+    by_seed = np.array([change.mean() for change in changes])
+    pictures = np.concatenate(changes)
+    error = max(by_seed.std(ddof=1) / np.sqrt(len(by_seed)), pictures.std(ddof=1) / np.sqrt(len(pictures)))
+    return by_seed.mean() / error
+
+
+def test_the_reward_rises_by_what_it_says_and_by_nothing_else(setting):
+    rises = in_standard_errors([setting(seed, as_they_are) for seed in SEEDS])
+    falls = in_standard_errors([setting(seed, flipped) for seed in SEEDS])
+    stays = in_standard_errors([setting(seed, shuffled) for seed in SEEDS])
+    print(rises, falls, stays)
+    assert rises > 3
+    assert falls < -3
+    assert abs(stays) < 3
