@@ -401,7 +401,12 @@ def test_a_reward_that_fails_stops_the_run_with_its_own_words(
 SWEPT = ["mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"]
 
 
-@pytest.mark.parametrize("recipe", SWEPT)
+def fast_first(names, fast):
+    """The names, of which those not in `fast` are for the slow run."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("recipe", fast_first(SWEPT, ["mixgrpo_flash"]))
 def test_two_programs_serve_every_position_of_the_window(small_policy, tmp_path, recipe):
     config = fast(small_policy, 4, recipe)
     config.plan.num_steps, config.plan.length = 5, 2
@@ -412,7 +417,7 @@ def test_two_programs_serve_every_position_of_the_window(small_policy, tmp_path,
     check_costs(recipe, log)
 
 
-@pytest.mark.parametrize("recipe", sorted(COSTS.keys() - SWEPT))
+@pytest.mark.parametrize("recipe", fast_first(sorted(COSTS.keys() - SWEPT), ["nft"]))
 def test_every_recipe_costs_what_its_formula_says(small_policy, tmp_path, recipe):
     config = fast(small_policy, 2, recipe)
     config.plan.num_steps = 5
@@ -483,6 +488,7 @@ def test_a_run_builds_its_rewards_once(small_policy, tmp_path):
     assert built == [f"{__name__}:slow_reward"]
 
 
+@pytest.mark.slow
 def test_dancegrpo_trains_on_the_extremes_of_each_group(small_policy, recorded, tmp_path):
     config = fast(small_policy, 2, "dancegrpo")
     config.plan.num_steps = 5

@@ -50,7 +50,10 @@ def run(folder, rank=0, average=True, **changes):
     return config
 
 
-@pytest.mark.parametrize(("rank", "average"), [(0, True), (2, True), (0, False)])
+@pytest.mark.parametrize(
+    ("rank", "average"),
+    [(0, True), *(pytest.param(*other, marks=pytest.mark.slow) for other in ((2, True), (0, False)))],
+)
 def test_a_run_of_the_first_version_goes_on_as_if_it_were_of_this(small_policy, tmp_path, rank, average):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train.train(run(small_policy, rank, average), straight)

@@ -44,7 +44,7 @@ def program(policy, at_most=8, weights=None, mesh=None):
     return RewardGrad(policy, build(weights, {}), weights, chunks, mesh)
 
 
-@pytest.mark.parametrize("codec", ["pixels", "vae"])
+@pytest.mark.parametrize("codec", ["pixels", pytest.param("vae", marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_finite_differences(codec):
     policy, frozen, x0 = make(codec)
     call = program(policy)
@@ -117,6 +117,7 @@ def check_file(file):
                 np.testing.assert_allclose(found[name], gradient, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(tmp_path):
     run_program(ON_DEVICES, tmp_path / "found.npz", **virtual_devices(8))
     check_file(tmp_path / "found.npz")

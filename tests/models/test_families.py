@@ -210,7 +210,7 @@ print(*sys.modules)
 def test_settings_bring_no_model():
     brought = run_program(SETTINGS).split()
     ours = {name for name in brought if name.startswith("mixgrpo_jax.models.")}
-    assert {name.split(".")[2] for name in ours} == {"lora", "nn", "io"}
+    assert {name.split(".")[2] for name in ours} == {"lora_config", "nn"}
     assert not {"transformers", "flax.nnx"} & set(brought)
 
 
