@@ -19,7 +19,7 @@ from mixgrpo_jax.models.codec import PixelCodec
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
 from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.io.weights import linear
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import make_trainable
 from mixgrpo_jax.tasks.signs.data import build_tokenizer
@@ -200,7 +200,7 @@ def test_unsupported_configs_and_files_are_refused_by_the_family(folder, tmp_pat
 
 SETTINGS = """
 import sys
-from mixgrpo_jax.models.lora import LoraConfig
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS
 from mixgrpo_jax.models.nn.remat import REMAT
 print(*sys.modules)
