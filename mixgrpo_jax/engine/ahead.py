@@ -46,6 +46,7 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
     state = place(jax.eval_shape(programs.init, trainable.params))
     planner, key = settings.planner, jax.eval_shape(jax.random.key, 0)
     plan = planner.plan(planner.initial(), settings.batch.prompts)
+    plan = meshes.placed(plan, jax.tree.map(lambda _: meshes.replicated(mesh), plan))
     policy = parts.family.make(parts, settings.model)
     tokens, cond = policy.token_shapes(config.batch.prompts), policy.cond_shapes(config.batch.prompts)
     models = sketch([*config.rewards, *config.watched], config.reward_options)

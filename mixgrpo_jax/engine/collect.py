@@ -76,7 +76,8 @@ class Collector:
         cond = meshes.spread(cond, self.mesh)
         key = jax.random.fold_in(jax.random.key(settings.config.seed), planned.iteration)
         params = state.params if draws == "train" else state.averages[draws]
-        asked = params, self.frozen, plan, cond, key
+        # Left to the compiler, a plan may be cut by an axis that the mesh has not, as `rollout_fsdp` makes some.
+        asked = params, self.frozen, meshes.everywhere(plan, self.mesh), cond, key
         if saved:
             shapes = self.programs.rollout.eval_shape(*asked)
             sampled = saved.restore_samples(meshes.placed(shapes, self.programs.places))
@@ -108,7 +109,8 @@ class Collector:
             cond=drawn.cond,
             extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},
         )
-        return Lesson(advantage, (batch, drawn.plan, None if isinstance(settings.select, All) else index))
+        plan = meshes.everywhere(drawn.plan, self.mesh)
+        return Lesson(advantage, (batch, plan, None if isinstance(settings.select, All) else index))
 
     def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
         """An iteration's evaluations of the model in samples, and the programs compiled so far."""

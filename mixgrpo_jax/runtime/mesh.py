@@ -110,6 +110,12 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of the host, which every process has whole, as arrays that every device has whole."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, lambda i: a[i]), tree)
+
+
 def placed(tree: Any, places: Any) -> Any:
     """The shapes of a tree with its shardings, as ahead-of-time compilation takes them."""
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, places)
