@@ -181,7 +181,7 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
         train.train(config, tmp_path)
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_parameters_that_are_not_finite_are_never_saved(small_policy, tmp_path, iterations):
     config = fast(small_policy, iterations)
     config.checkpoint.every, config.optimizer.learning_rate, config.batch.updates = 1, 1e25, 1

@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_finite_differences(codec):
     np.testing.assert_allclose(2 * (above - below) / (2 * step), expected, rtol=5e-2, atol=2e-2 * size.max())
 
 
-@pytest.mark.parametrize("codec", ["pixels", "vae"])
+@pytest.mark.parametrize("codec", ["pixels", pytest.param("vae", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("at_most", [1, 4])
 def test_chunks_give_what_one_chunk_gives(codec, at_most):
     policy, frozen, x0 = make(codec)
