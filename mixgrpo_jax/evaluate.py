@@ -14,8 +14,7 @@ from ml_collections import config_flags
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
-from mixgrpo_jax.engine.loading import load_policy, restore_trained
-from mixgrpo_jax.rewards.scoring import build
+from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -26,8 +25,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     text = config.data.name != "features"
     _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), text=text)
     trained, source = restore_trained(settings, workdir, trainable.params)
-    rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
-    held_out = HeldOut(settings, policy, rewards, trainable.attach)
+    held_out = HeldOut(settings, policy, load_rewards(settings), trainable.attach)
     images, scores = held_out.assess(trained, frozen)
     if distributed.is_first():
         print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")

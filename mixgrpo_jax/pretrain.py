@@ -23,9 +23,9 @@ from tqdm import trange
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
+from mixgrpo_jax.engine.loading import load_rewards
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.update import Average, TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.tasks import load_task
@@ -85,8 +85,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     params["text_encoder_2"]["relative_bias"] *= options.bias_scale
     state = init_state(params, optimiser, {"ema": Average(options.ema_decay)})
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
-    rewards = build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
-    held_out = HeldOut(settings, policy, rewards)
+    held_out = HeldOut(settings, policy, load_rewards(settings))
 
     progress = trange(1, options.steps + 1, desc="pretrain", disable=not distributed.is_first())
     for index in progress:

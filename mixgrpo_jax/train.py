@@ -24,12 +24,11 @@ from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
-from mixgrpo_jax.engine.loading import host_state, load_policy, restore_run
+from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
-from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import distributed, metrics, report
@@ -112,7 +111,7 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainSta
     """The policy, what is trained of it, the rewards, and the programs of an iteration."""
     task, data = load_task(settings.data.name), settings.data
     prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
-    rewards = build(dict.fromkeys([*settings.rewards, *settings.config.watched]), settings.config.reward_options)
+    rewards = load_rewards(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))

@@ -11,6 +11,8 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, make_trainable
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
@@ -36,6 +38,12 @@ def load_policy(
     key = jax.random.key(settings.config.seed)
     trainable = make_trainable(parts, params.pop("transformer"), options.lora, key, settings.keep_base)
     return parts, parts.family.make(parts, options), trainable, params | {"base": trainable.base}
+
+
+def load_rewards(settings: Settings) -> list[Reward]:
+    """The rewards of a config, those that are trained on and those that are watched. A command builds them once."""
+    config = settings.config
+    return build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
 
 
 VERSION = 2  # of what a checkpoint holds; 1 had the average "ema" as a field, and called the planner's state window

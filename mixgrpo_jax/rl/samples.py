@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-import jax.numpy as jnp
 from jax import Array
 
 from mixgrpo_jax.flow import kernels
@@ -134,9 +133,3 @@ def by_position(values: Array, x: Array) -> Array:
     """Values of S positions, or one of the sample, [b, S or 1], so that they broadcast against x [b, ..., C]."""
     positions = x.shape[1:-1] if values.shape[-1] > 1 else [1] * (x.ndim - 2)
     return values.reshape(len(x), *positions, *[1] * (x.ndim > 1))
-
-
-def no_terms(roles: Roles, point: Point) -> tuple[Array, Metrics]:
-    """The penalties of a config that has none."""
-    del roles
-    return jnp.zeros(point.sigma.shape[-1]), {}

@@ -9,13 +9,13 @@ import optax
 
 from mixgrpo_jax.flow.rollout import Rows, rollout
 from mixgrpo_jax.flow.sampler import Sampler
-from mixgrpo_jax.rl.samples import Objective, Samples, Tools, no_terms
+from mixgrpo_jax.rl.samples import Objective, Samples, Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import Batch, init_state, make_update
 from tests.conftest import toy_velocity
 
 SAMPLER = Sampler()
-TOOLS = Tools(SAMPLER, no_terms, {})
+TOOLS = Tools(SAMPLER, make_terms({}, SAMPLER), {})
 KEY = jax.random.key(11)
 
 
