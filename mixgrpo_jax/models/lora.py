@@ -47,7 +47,7 @@ INITS = {"gaussian": _gaussian, "kaiming_uniform": _kaiming_uniform}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraKernel:
-    """W + scale A B as the right operand of a product, never formed: base [..., d_in, d_out], a [..., d_in, r], b."""
+    """W + scale A B as an operand of a product, never formed: base [..., d_in, d_out], a [..., d_in, r], b."""
 
     base: Any
     a: Array
@@ -62,6 +62,14 @@ class LoraKernel:
     def astype(self, dtype: Any) -> "LoraKernel":
         """All three factors in dtype."""
         return LoraKernel(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
+
+    @property
+    def T(self) -> "LoraKernel":  # noqa: N802
+        """Of an unstacked kernel: W^T + scale B^T A^T."""
+        return LoraKernel(self.base.T, self.b.T, self.a.T, self.scale)
+
+    def __matmul__(self, x: Array) -> Array:
+        return self.base @ x + self.scale * (self.a @ (self.b @ x))
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.base + self.scale * ((x @ self.a) @ self.b)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
-from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm
-from mixgrpo_jax.models.nn.placement import spread
+from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm, Turns
+from mixgrpo_jax.models.nn.placement import gathered, spread
 from mixgrpo_jax.models.nn.remat import rematerialise
 
 Params = dict[str, Any]
@@ -76,7 +76,7 @@ def flux_small(**overrides) -> FluxConfig:
 
 
 class _Heads(nnx.Module):
-    """Rows of normalised queries and keys, and of values: [B, S, D] -> three of [B, S, H, d]."""
+    """Normalised and rotated queries and keys, and values: [B, S, D] -> three of [B, S, H, d], or of [B, H, d, S]."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         self.q = Linear(config.width, config.width, rngs=rngs)
@@ -86,9 +86,15 @@ class _Heads(nnx.Module):
         self.k_norm = RMSNorm(config.attention_head_dim)
         self.heads = config.num_attention_heads
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
+    def __call__(self, x: jax.Array, turns: Turns, tokens_last: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        linears = (self.q, self.k, self.v)
+        if not tokens_last:
+            q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in linears)
+            return self.q_norm(q, turns), self.k_norm(k, turns), v
+        q, k, v = (linear.tokens_last(x).reshape(len(x), self.heads, -1, x.shape[1]) for linear in linears)
+        # Or products would leave in fp32 for the norms, and their squares beside them.
+        q, k = jax.lax.optimization_barrier((q, k))
+        return self.q_norm(q, turns, axis=-2), self.k_norm(k, turns, axis=-2), v
 
 
 class _Stream(nnx.Module):
@@ -114,15 +120,14 @@ class _DoubleBlock(nnx.Module):
         self.text = _Stream(config, rngs=rngs)
         self.image = _Stream(config, rngs=rngs)
 
-    def __call__(self, text, image, condition, angles, backend):
+    def __call__(self, text, image, condition, turns, attend, tokens_last):
         streams = (self.text, self.image)
         modulations = [_chunks(stream.modulation(condition), 6) for stream in streams]
         heads = [
-            stream.attention(layers.modulate(x, shift, scale))
-            for stream, x, (shift, scale, *_) in zip(streams, (text, image), modulations)
+            stream.attention(layers.modulate(x, shift, scale), turn, tokens_last)
+            for stream, x, turn, (shift, scale, *_) in zip(streams, (text, image), turns, modulations)
         ]
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads))
-        y = layers.attention(layers.rotate(q, angles), layers.rotate(k, angles), v, backend=backend)
+        y = attend(*(jnp.concatenate(pair, axis=3 if tokens_last else 1) for pair in zip(*heads)))
         parts = jnp.split(y, [text.shape[1]], axis=1)
         return tuple(stream.finish(*args) for stream, *args in zip(streams, (text, image), parts, modulations))
 
@@ -135,12 +140,11 @@ class _SingleBlock(nnx.Module):
         self.mlp_in = Linear(width, MLP_RATIO * width, rngs=rngs)
         self.out = Linear((1 + MLP_RATIO) * width, width, rngs=rngs)
 
-    def __call__(self, x, condition, angles, backend):
+    def __call__(self, x, condition, turns, attend, tokens_last):
         shift, scale, gate = _chunks(self.modulation(condition), 3)
         h = layers.modulate(x, shift, scale)
-        q, k, v = self.attention(h)
-        y = layers.attention(layers.rotate(q, angles), layers.rotate(k, angles), v, backend=backend)
-        return x + gate * self.out(jnp.concatenate([y, layers.gelu(self.mlp_in(h))], axis=-1))
+        y = attend(*self.attention(h, turns, tokens_last))
+        return x + gate * self.out.joined(y, layers.gelu(self.mlp_in(h)))
 
 
 class _Flux(nnx.Module):
@@ -165,20 +169,30 @@ class _Flux(nnx.Module):
         return jax.nn.silu(total)
 
     def __call__(self, x, text, condition, ids, remat, backend):
+        (split, length), dtype = (text.shape[1], len(ids)), x.dtype
+        total, tokens_last = layers.form(length, dtype, backend)
+        x, ids = (
+            jnp.pad(a, [(0, total - length) if axis == a.ndim - 2 else (0, 0) for axis in range(a.ndim)])
+            for a in (x, ids)
+        )
         angles = layers.rope_angles(ids, self.axes_dims)
+        turns = [layers.rotary(part, tokens_last=tokens_last) for part in (angles, *jnp.split(angles, [split]))]
+        attend = functools.partial(
+            layers.attention, length=length if total > length else None, tokens_last=tokens_last, backend=backend
+        )
 
         def double(streams, block):
-            return spread(block(*streams, condition, angles, backend)), None
+            return spread(gathered(block, dtype)(*streams, condition, turns[1:], attend, tokens_last)), None
 
         def single(x, block):
-            return spread(block(x, condition, angles, backend)), None
+            return spread(gathered(block, dtype)(x, condition, turns[0], attend, tokens_last)), None
 
         double, single = (rematerialise(body, remat) for body in (double, single))
         streams = self.text_in(spread(text)), self.image_in(spread(x))
         (text, image), _ = jax.lax.scan(double, spread(streams), self.double_blocks)
         tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
         scale, shift = _chunks(self.final_modulation(condition), 2)
-        return self.final_out(layers.modulate(tokens[:, text.shape[1] :], shift, scale))
+        return self.final_out(layers.modulate(tokens[:, split:length], shift, scale))
 
 
 def _stack(block, config: FluxConfig, count: int, rngs: nnx.Rngs):

@@ -15,7 +15,9 @@ from flax import nnx
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
 from mixgrpo_jax.models.nn.attention import Backend as Backend
 from mixgrpo_jax.models.nn.attention import attention as attention
+from mixgrpo_jax.models.nn.attention import form as form
 
+Turns = tuple[jax.Array, jax.Array]  # what rotates queries and keys, see `rotary`
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 LECUN = jax.nn.initializers.lecun_normal()
 ZEROS = jax.nn.initializers.zeros
@@ -38,6 +40,17 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def tokens_last(self, x: jax.Array) -> jax.Array:
+        """[B, S, d_in] -> [B, d_out, S], in x's dtype."""
+        y = self.kernel[...].astype(x.dtype).T @ x.swapaxes(1, 2)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[:, None]
+
+    def joined(self, *parts: jax.Array) -> jax.Array:
+        """The layer of the parts' concatenation along the last axis, which is not made."""
+        kernel, rows = self.kernel[...].astype(parts[0].dtype), np.cumsum([0, *(x.shape[-1] for x in parts)])
+        y = sum(x @ kernel[start:stop] for x, start, stop in zip(parts, rows, rows[1:]))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
 
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in fp32."""
@@ -46,11 +59,13 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Same shape and dtype as x [..., dim]."""
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    def __call__(self, x: jax.Array, turns: Turns | None = None, axis: int = -1) -> jax.Array:
+        """Same shape and dtype as x, of which `axis` has dim features; rotated by `turns`, see `rotary`, where given."""
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), tuple(range(axis + 1, 0)))
+        y = x.astype(jnp.float32)
+        norm = jax.lax.rsqrt(jnp.mean(y * y, axis=axis, keepdims=True) + self.eps)
+        y = y * scale
+        return ((y if turns is None else rotate(y, turns, axis)) * norm).astype(x.dtype)
 
 
 class Embedder(nnx.Module):
@@ -102,8 +117,22 @@ def rope_angles(ids: jax.Array, axes_dims: tuple[int, ...], theta: float = 1e4) 
     return jnp.concatenate([ids[:, a, None] * f for a, f in enumerate(frequencies)], axis=-1)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates each interleaved pair (x_2j, x_2j+1) of x [B, S, H, d] by angles [S, d/2], in fp32."""
-    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+def rotary(angles: jax.Array, *, tokens_last: bool = False) -> Turns:
+    """cos and (-sin, sin) of angles [S, d/2] as `rotate` takes them, once for all blocks: for features on the last axis
+    of [B, S, H, d], or with `tokens_last` of [B, H, d, S]."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turns = jnp.stack([cos, cos], axis=1), jnp.stack([-sin, sin], axis=1)  # [S, 2, d/2]
+    cos, sin = (jnp.moveaxis(turn, 0, 2) if tokens_last else turn[:, None] for turn in turns)
+    return cos, sin
+
+
+def rotate(x: jax.Array, turns: Turns, axis: int = -1) -> jax.Array:
+    """Rotates each pair (x_j, x_(j + d/2)) of the d features of `axis`, in fp32.
+
+    The released models pair neighbours; their queries and keys are permuted where they are loaded. So the pairs lie
+    half a head apart, and no array has an axis of length 2 innermost.
+    """
+    axis %= x.ndim
+    halves = x.astype(jnp.float32).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
+    cos, sin = turns
+    return (halves * cos + jnp.flip(halves, axis) * sin).reshape(x.shape).astype(x.dtype)
