@@ -65,7 +65,7 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         norm = jax.lax.rsqrt(jnp.mean(y * y, axis=axis, keepdims=True) + self.eps)
         y = y * scale
-        return ((y if turns is None else rotate(y, turns, axis)) * norm).astype(x.dtype)
+        return (y * norm if turns is None else rotate(y, turns, axis, norm)).astype(x.dtype)
 
 
 class Embedder(nnx.Module):
@@ -126,8 +126,8 @@ def rotary(angles: jax.Array, *, tokens_last: bool = False) -> Turns:
     return cos, sin
 
 
-def rotate(x: jax.Array, turns: Turns, axis: int = -1) -> jax.Array:
-    """Rotates each pair (x_j, x_(j + d/2)) of the d features of `axis`, in fp32.
+def rotate(x: jax.Array, turns: Turns, axis: int = -1, factor: jax.Array | None = None) -> jax.Array:
+    """Rotates each pair (x_j, x_(j + d/2)) of the d features of `axis`, in fp32, times a factor a head and token.
 
     The released models pair neighbours; their queries and keys are permuted where they are loaded. So the pairs lie
     half a head apart, and no array has an axis of length 2 innermost.
@@ -135,4 +135,6 @@ def rotate(x: jax.Array, turns: Turns, axis: int = -1) -> jax.Array:
     axis %= x.ndim
     halves = x.astype(jnp.float32).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
     cos, sin = turns
-    return (halves * cos + jnp.flip(halves, axis) * sin).reshape(x.shape).astype(x.dtype)
+    turned = (halves * cos + jnp.flip(halves, axis) * sin)
+    turned = turned if factor is None else turned * jnp.expand_dims(factor, axis)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -21,7 +21,7 @@ CUT = ("fsdp", "context")
 RULES = (  # of the names that our models share
     (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, CUT, "tensor")),
     (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
-    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, "tensor", CUT)),
+    (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, ("tensor", *CUT))),
     (r"linear_1/kernel", P(CUT, "tensor")),
     (r"linear_2/kernel", P("tensor", CUT)),
     (r"embedding", P(CUT, None)),
