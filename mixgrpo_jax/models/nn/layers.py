@@ -103,7 +103,10 @@ def rope_angles(ids: jax.Array, axes_dims: tuple[int, ...], theta: float = 1e4) 
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates each interleaved pair (x_2j, x_2j+1) of x [B, S, H, d] by angles [S, d/2], in fp32."""
-    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
+    """Rotates each pair (x_j, x_j+d/2) of x [B, S, H, d] by angles [S, d/2], in fp32.
+
+    Pairs of neighbours would make arrays with an innermost axis of 2, which accelerators pad to a whole tile.
+    """
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
