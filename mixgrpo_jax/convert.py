@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from flax import traverse_util
 from tqdm import tqdm
 
-from mixgrpo_jax.engine.loading import average_path, version_of
+from mixgrpo_jax.engine.loading import average_path, converted, version_of
 from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.io import orbax_io, weights
 from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE
@@ -130,6 +130,7 @@ def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
     if config.rank:
         expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
     weights.check_shapes(expected, trained, f"{workdir}, iteration {latest},")
+    trained = converted(trained, version, base.transformer.table(base.config))
     return Run(base, config, jax.tree.map(lambda leaf: _finite(leaf, state.parent), trained))
 
 
@@ -206,7 +207,8 @@ def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:
 def _write_adapters(run: Run, target: pathlib.Path) -> int:
     num_bytes = _num_bytes(run.trained)
     with _whole_folder(target, num_bytes) as folder:
-        lora.save(folder, run.base.transformer.table, weights.place(run.trained), run.lora.scale)
+        table = run.base.transformer.table(run.base.config)
+        lora.save(folder, table, weights.place(run.trained), run.lora.scale)
     return num_bytes
 
 

@@ -37,8 +37,8 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
-    trained, source = restore_trained(settings, workdir, trainable.params)
+    parts, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
+    trained, source = restore_trained(settings, parts, workdir, trainable.params)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()
     if first:

@@ -27,6 +27,7 @@ from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.flow.plans import Plan
+from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
@@ -55,8 +56,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
     planner, total = settings.planner, settings.config.iterations
-    collector, held_out, state = _set_up(settings, mesh)
-    state, planned, upcoming, before = _begin(state, collector, held_out, workdir, checkpoints)
+    parts, collector, held_out, state = _set_up(settings, mesh)
+    state, planned, upcoming, before = _begin(state, parts, collector, held_out, workdir, checkpoints)
     writer, after = metrics.MetricWriter(workdir, resume_at=planned.iteration), None
     if planned.iteration == 0:
         writer.write(0, metrics.means("held_out", before.scores))
@@ -107,8 +108,8 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
     return after.scores
 
 
-def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainState]:
-    """The policy, what is trained of it, the rewards, and the programs of an iteration."""
+def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, TrainState]:
+    """The policy's parts, what is trained of it, the rewards, and the programs of an iteration."""
     task, data = load_task(settings.data.name), settings.data
     prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
     rewards = load_rewards(settings)
@@ -118,11 +119,16 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainSta
         print(settings.arithmetic())
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
-    return collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)
+    return parts, collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)
 
 
 def _begin(
-    state: TrainState, collector: Collector, held_out: HeldOut, workdir: pathlib.Path, checkpoints: Checkpoints
+    state: TrainState,
+    parts: Parts,
+    collector: Collector,
+    held_out: HeldOut,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
 ) -> tuple[TrainState, Any, Drawn | None, Assessment]:
     """The state of the policy and of the planner, samples that are drawn ahead, and the held-out scores of before.
 
@@ -131,7 +137,7 @@ def _begin(
     settings, upcoming = collector.settings, None
     planned, before = settings.planner.initial(), workdir / "before.npz"
     if checkpoints.latest is not None:
-        state, planned = restore_run(checkpoints, state, planned)
+        state, planned = restore_run(checkpoints, state, planned, parts.table)
         if settings.config.one_step_off_policy and checkpoints.has_samples():
             upcoming = collector.take(state, planned, saved=checkpoints)
         return state, planned, upcoming, Assessment.load(before)

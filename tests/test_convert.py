@@ -13,6 +13,7 @@ import pytest
 
 from mixgrpo_jax import convert as converter
 from mixgrpo_jax.convert import convert
+from mixgrpo_jax.engine.loading import VERSION
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora_config import LoraConfig
@@ -118,8 +119,16 @@ class FirstState(NamedTuple):
     step: Any
 
 
-def save_run(workdir, base, settings, trained, averages, version=2):
-    """A run's workdir, as train leaves it, of version 2 of the checkpoints or of another; it evaluates the first."""
+def in_neighbours(tree):
+    """Trained parameters as versions 1 and 2 of the checkpoints had them."""
+    table = flux.TRANSFORMER.table(CONFIG)
+    return weights.reordered([*table, *lora.rules(table)], tree, weights.neighbours)
+
+
+def save_run(workdir, base, settings, trained, averages, version=VERSION):
+    """A run's workdir, as train leaves it, of this version of the checkpoints or of another; it evaluates the first."""
+    if version < 3:
+        trained, averages = in_neighbours(trained), {name: in_neighbours(tree) for name, tree in averages.items()}
     state = init_state(jax.tree.map(jnp.asarray, trained), optax.adam(1e-3))
     state = state._replace(averages=jax.tree.map(jnp.asarray, averages))
     host = {"version": version, "planned": {}}
@@ -169,7 +178,7 @@ def test_a_run_gives_its_newest_parameters(tmp_path, full_run, to, which, seed):
 
 def test_a_run_without_an_average_gives_its_parameters(tmp_path, full_run):
     base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
-    for version in (1, 2):
+    for version in (1, 2, VERSION):
         run = save_run(tmp_path / f"run{version}", base, LoraConfig(), random_params(1), {}, version)
         convert(run, tmp_path / f"out{version}", "diffusers")
         _, params = flux.TRANSFORMER.load_folder(tmp_path / f"out{version}")
@@ -178,10 +187,10 @@ def test_a_run_without_an_average_gives_its_parameters(tmp_path, full_run):
             convert(run, tmp_path / "refused", "diffusers", which="ema")
 
 
-@pytest.mark.parametrize("which, seed", [("", 2), ("ema", 2), ("raw", 1)])
-def test_a_run_of_the_first_version_is_read(tmp_path, full_run, which, seed):
+@pytest.mark.parametrize("version, which, seed", [(1, "", 2), (1, "ema", 2), (1, "raw", 1), (2, "", 2), (2, "raw", 1)])
+def test_a_run_of_an_earlier_version_is_read(tmp_path, full_run, version, which, seed):
     base = pathlib.Path(config_of(full_run)["model"]["folder"]) / "transformer"
-    run = save_run(tmp_path / "run", base, LoraConfig(), random_params(1), {"ema": random_params(2)}, version=1)
+    run = save_run(tmp_path / "run", base, LoraConfig(), random_params(1), {"ema": random_params(2)}, version)
     convert(run, tmp_path / "out", "diffusers", which=which)
     _, params = flux.TRANSFORMER.load_folder(tmp_path / "out")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, random_params(seed))
@@ -209,10 +218,13 @@ def test_adapters_are_merged_into_their_base(tmp_path, lora_run, dtype, to):
     assert np.abs(params["image_in"]["kernel"].astype(np.float32) - base["image_in"]["kernel"]).max() > 0.1
 
 
-def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run):
-    convert(lora_run, tmp_path / "out", "lora", which="raw")
+@pytest.mark.parametrize("version", [2, VERSION])
+def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run, version):
+    base = pathlib.Path(config_of(lora_run)["model"]["folder"]) / "transformer"
+    run = save_run(tmp_path / "run", base, LORA, random_adapters(1), {"ema": random_adapters(2)}, version)
+    convert(run, tmp_path / "out", "lora", which="raw")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
-    adapters, scale = lora.load(tmp_path / "out", flux.TRANSFORMER.table, flux.TRANSFORMER.skeleton(CONFIG))
+    adapters, scale = lora.load(tmp_path / "out", flux.TRANSFORMER.table(CONFIG), flux.TRANSFORMER.skeleton(CONFIG))
     assert scale == LORA.scale
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, random_adapters(1))
 
@@ -261,7 +273,7 @@ def no_config(folder):
 
 
 def adapters_only(folder):
-    lora.save(folder, flux.TRANSFORMER.table, random_adapters(0), 1.0)
+    lora.save(folder, flux.TRANSFORMER.table(CONFIG), random_adapters(0), 1.0)
 
 
 def pickled(folder):

@@ -1,14 +1,19 @@
 """A config's policy on a mesh, and what a run has trained of it."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from mixgrpo_jax.config import Settings
-from mixgrpo_jax.models import families
+from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io.weights import Rule
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, make_trainable
 from mixgrpo_jax.rewards.contract import Reward
@@ -46,7 +51,12 @@ def load_rewards(settings: Settings) -> list[Reward]:
     return build(dict.fromkeys([*config.rewards, *config.watched]), config.reward_options)
 
 
-VERSION = 2  # of what a checkpoint holds; 1 had the average "ema" as a field, and called the planner's state window
+# Of what a checkpoint holds. 2 had the channels of heads in released files' order, see `weights.halves`; 1 as well, and
+# it had the average "ema" as a field, and called the planner's state window.
+VERSION = 3
+
+# Adafactor's second moments are means over one of a parameter's two longest axes: its place in the order of lengths.
+FACTORED = {"v_row": -1, "v_col": -2}
 
 
 def host_state(planned: Any) -> dict[str, Any]:
@@ -54,30 +64,79 @@ def host_state(planned: Any) -> dict[str, Any]:
     return {"version": VERSION, "planned": planned._asdict()}
 
 
-def restore_run(checkpoints: Checkpoints, state: TrainState, planned: Any) -> tuple[TrainState, Any]:
+def restore_run(
+    checkpoints: Checkpoints, state: TrainState, planned: Any, table: Sequence[Rule]
+) -> tuple[TrainState, Any]:
     """The newest state, and the planner's, laid out as these; of an earlier version, they are converted.
 
-    Raises ValueError for a later version, or for what cannot be converted.
+    `table` is of the transformer's tensors. Raises ValueError for a later version, or for what cannot be converted.
     """
     host = checkpoints.restore_host()
     version = version_of(host, checkpoints)
-    if version == VERSION:
-        return _finite(checkpoints.restore(state), checkpoints), type(planned)(**host["planned"])
+    if version > 1:
+        restored, planned = checkpoints.restore(state), type(planned)(**host["planned"])
+    else:
+        restored, planned = _restore_first(checkpoints, state), type(planned)(**host["window"])
+    if version < 3:
+        restored = TrainState(
+            converted(restored.params, version, table),
+            _moments(restored.opt_state, state.params, table, checkpoints),
+            {name: converted(average, version, table) for name, average in restored.averages.items()},
+            restored.step,
+        )
+    return _finite(restored, checkpoints), planned
+
+
+def _restore_first(checkpoints: Checkpoints, state: TrainState) -> TrainState:
+    """A state of version 1."""
     if checkpoints.has_samples():
         raise ValueError(
-            f"{checkpoints.folder}: version {version} of mixgrpo_jax's checkpoints holds samples of another layout. "
+            f"{checkpoints.folder}: version 1 of mixgrpo_jax's checkpoints holds samples of another layout. "
             "Remove its folder samples/, and they are drawn anew; or finish the run with the version it was begun with"
         )
     if others := sorted(state.averages.keys() - {"ema"}):
         raise ValueError(
-            f"{checkpoints.folder}: version {version} of mixgrpo_jax's checkpoints has no averages.{others[0]}: begin "
+            f"{checkpoints.folder}: version 1 of mixgrpo_jax's checkpoints has no averages.{others[0]}: begin "
             "the run anew"
         )
     old = {"params": state.params, "opt_state": state.opt_state, "ema": state.averages.get("ema"), "step": state.step}
     found = checkpoints.restore(old)
     averages = {name: found["ema"] for name in state.averages}
-    restored = TrainState(found["params"], found["opt_state"], averages, found["step"])
-    return _finite(restored, checkpoints), type(planned)(**host["window"])
+    return TrainState(found["params"], found["opt_state"], averages, found["step"])
+
+
+def converted(trained: Any, version: int, table: Sequence[Rule]) -> Any:
+    """Trained parameters (arrays or `Lazy`) of a checkpoint of a version, as they are laid out now.
+
+    `table` is of the transformer's tensors; where adapters are trained, their rules follow from it.
+    """
+    return trained if version > 2 else weights.reordered([*table, *lora.rules(table)], trained, weights.halves)
+
+
+def _moments(opt_state: Any, params: Any, table: Sequence[Rule], checkpoints: Checkpoints) -> Any:
+    """An optimiser's state of version 1 or 2, as it is laid out now."""
+    rotary = {rule.ours: rule.rotary for rule in (*table, *lora.rules(table)) if rule.rotary}
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if path in rotary}
+
+    def convert(path: Any, leaf: Any) -> Any:
+        name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        of = next((path for path in shapes if name.endswith(f"/{path}")), None)
+        if of is None or leaf.shape == (1,):  # Adafactor's place of a moment that it keeps otherwise
+            return leaf
+        shape, field = shapes[of], name.removesuffix(f"/{of}").split("/")[-1]
+        if leaf.shape != shape:
+            axis = int(np.argsort(shape)[FACTORED[field]]) if field in FACTORED else None
+            if axis is None or leaf.shape != shape[:axis] + shape[axis + 1 :]:
+                raise ValueError(
+                    f"{checkpoints.folder} is of an earlier version of mixgrpo_jax, and its optimiser's {name[1:]} of "
+                    f"shape {leaf.shape} is not known: finish the run with the version it was begun with"
+                )
+            if axis == len(shape) - 1:
+                return leaf
+        return weights.reorder(leaf, weights.halves, rotary[of])
+
+    return jax.tree_util.tree_map_with_path(convert, opt_state)
 
 
 def _finite(tree: Any, checkpoints: Checkpoints) -> Any:
@@ -101,15 +160,14 @@ def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
     return version
 
 
-def restore_trained(settings: Settings, workdir: str | pathlib.Path, trained: Any) -> tuple[Any, str]:
+def restore_trained(settings: Settings, parts: Parts, workdir: str | pathlib.Path, trained: Any) -> tuple[Any, str]:
     """Trained parameters (an average or raw) from the newest checkpoint of workdir, else `trained`; and where from."""
     checkpoints, average = Checkpoints(workdir), settings.evaluation.average
     if checkpoints.latest is None:
         return trained, settings.model.folder or "the shipped checkpoint"
-    path = average_path(average, version_of(checkpoints.restore_host(), checkpoints))
-    return _finite(
-        checkpoints.restore_part(path, trained), checkpoints
-    ), f"iteration {checkpoints.latest} ({average or 'params'})"
+    version = version_of(checkpoints.restore_host(), checkpoints)
+    found = converted(checkpoints.restore_part(average_path(average, version), trained), version, parts.table)
+    return _finite(found, checkpoints), f"iteration {checkpoints.latest} ({average or 'params'})"
 
 
 def average_path(average: str, version: int) -> tuple[str, ...]:

@@ -115,6 +115,11 @@ class Parts:
     configs: Mapping[str, Any]
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def table(self) -> Sequence[weights.Rule]:
+        """The rules of the transformer's tensors."""
+        return self.family.transformer.table(self.configs["transformer"])
+
 
 def find(folder: str | os.PathLike) -> pathlib.Path:
     """The folder of a checkpoint; "shipped:NAME" is one of those in the package, and "" is its `signs`.

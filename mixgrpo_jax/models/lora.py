@@ -167,7 +167,7 @@ def to_peft(table: Sequence[Rule], adapters: Params, scale: float) -> dict[str, 
     `table` is the model's weights table. The scale is folded into lora_B: a file that says nothing of alpha means
     alpha = r to every reader, and not every reader looks for more.
     """
-    return weights.export(_peft_rules(table, PREFIX), _scaled(adapters, scale))
+    return weights.export(rules(table), _scaled(adapters, scale))
 
 
 def from_peft(table: Sequence[Rule], params: Params, tensors: Mapping[str, np.ndarray]) -> tuple[Params, float]:
@@ -182,16 +182,16 @@ def from_peft(table: Sequence[Rule], params: Params, tensors: Mapping[str, np.nd
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
     rank = next((tensors[name].shape[0] for name in tensors if name.endswith(".lora_A.weight")), 0)
-    rules = _peft_rules(table, prefix)
+    factors = rules(table, prefix)
     skeleton, alphas = {}, dict[str, float]()
     for layer, kernel in _kernels(params).items():
-        names = {rule.ours[-1]: rule.names(kernel.shape) for rule in rules if rule.ours[:-2] == layer}
+        names = {rule.ours[-1]: rule.names(kernel.shape) for rule in factors if rule.ours[:-2] == layer}
         if any(name in tensors for name in (*names["a"], *names["b"])):
             skeleton[layer] = _factors(kernel.shape, rank)
             alphas |= {name.replace(".lora_A.weight", ".alpha"): float(rank) for name in names["a"]}
     if not (rank and skeleton):
         raise ValueError(f"no adapters of this model's layers among the tensors {_some(sorted(tensors))}")
-    adapters = weights.load(rules, _unflatten(skeleton), tensors, dtype=np.float32, ignore=alphas)
+    adapters = weights.load(factors, _unflatten(skeleton), tensors, dtype=np.float32, ignore=alphas)
     alphas |= {name: tensors[name].item() for name in alphas if name in tensors}
     low, high = min(alphas, key=alphas.__getitem__), max(alphas, key=alphas.__getitem__)
     if alphas[low] != alphas[high]:
@@ -239,12 +239,14 @@ def _peft_scale(file: Path, config: dict[str, Any], rank: int) -> float:
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _peft_rules(table: Sequence[Rule], prefix: str) -> list[Rule]:
+def rules(table: Sequence[Rule], prefix: str = PREFIX) -> list[Rule]:
+    """The rules of adapters' factors in a LoRA file, from the model's."""
     return [
         Rule(
             f"{prefix}{rule.theirs.removesuffix('.weight')}.lora_{factor.upper()}.weight",
             rule.ours.removesuffix("kernel") + factor,
             (1, 0),
+            rotary=rule.rotary if factor == "b" else 0,
         )
         for rule in table
         if rule.ours.endswith("/kernel")

@@ -33,6 +33,7 @@ PROMPTS = ["a blue sign that says 4270 in white", "a red sign that says 7 in whi
 class Sizes:
     width: int = 96
     text_width: int = 128
+    head: int = 24
 
 
 def init(config, key):
@@ -42,6 +43,10 @@ def init(config, key):
         name: {"kernel": jax.random.normal(key, shape) / shape[0] ** 0.5, "bias": jnp.zeros(shape[1])}
         for key, (name, shape) in zip(keys, shapes.items())
     }
+
+
+def table(config):
+    return [*linear("p", "proj"), *linear("t", "text_proj", rotary=config.head)]
 
 
 def check(folder, config, fields):
@@ -86,7 +91,7 @@ def make(parts, config, remat=None):
 
 
 FAMILY = Family(
-    transformer=Transformer(NAME, Sizes, init, [*linear("p", "proj"), *linear("t", "text_proj")], {"depth": 1}, check),
+    transformer=Transformer(NAME, Sizes, init, table, {"depth": 1}, check),
     parts={"text_encoder": Part(t5, "tokenizer")},
     rules=((r"proj/kernel", P("fsdp", None)),),
     targets="proj",
@@ -153,10 +158,8 @@ def test_commands_take_it(folder, tmp_path):
     assert config == Sizes()
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), before)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, rounded)
-    lora.save(
-        tmp_path, FAMILY.transformer.table, lora.init(LoraConfig(2, targets="proj"), params, jax.random.key(0)), 1
-    )
-    assert lora.load(tmp_path, FAMILY.transformer.table, params)[0].keys() == {"proj"}
+    lora.save(tmp_path, table(Sizes()), lora.init(LoraConfig(2, targets="proj"), params, jax.random.key(0)), 1)
+    assert lora.load(tmp_path, table(Sizes()), params)[0].keys() == {"proj"}
 
     parts, encoders = load_encoders(folder)
     assert parts.family is FAMILY and encoders.keys() == {"text_encoder"}

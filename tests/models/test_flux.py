@@ -8,6 +8,8 @@ import pytest
 
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.flux.model import FluxConfig
+from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.patches import image_ids
 
 SMALL = flux.flux_small(
@@ -125,6 +127,22 @@ def relative_error(actual, expected):
 @pytest.fixture(scope="module")
 def transformer_class():
     return pytest.importorskip("diffusers").FluxTransformer2DModel
+
+
+def test_rotary_halves_turn_as_neighbours_and_give_their_scores():
+    q, k = np.random.default_rng(2).normal(size=(2, 2, 9, 3, 20))
+    angles = layers.rope_angles(np.arange(27).reshape(9, 3), (4, 6, 10))
+
+    def turned(x):  # a pair of neighbours is a complex number
+        pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.asarray(angles, np.float64))[:, None]
+        return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+    def halved(x):
+        return layers.rotate(jnp.asarray(weights.halves(x, 20), jnp.float32), angles)
+
+    np.testing.assert_allclose(halved(q), weights.halves(turned(q), 20), atol=2e-6)
+    expected = np.einsum("bshd,bthd->bhst", turned(q), turned(k))
+    np.testing.assert_allclose(jnp.einsum("bshd,bthd->bhst", halved(q), halved(k)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, grid, text_tokens", PARITY)

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux.model import FluxConfig
 from mixgrpo_jax.models.flux.policy import FAMILY
-from mixgrpo_jax.models.flux.weights import TABLE
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora import Int8Kernel, LoraConfig
 from mixgrpo_jax.models.nn.layers import Linear
@@ -208,6 +207,16 @@ def test_int8_keeps_the_result_and_zero_columns():
     np.testing.assert_array_equal(lora.freeze(zeros, "int8")["blocks"]["kernel"].astype(np.float32), 0)
 
 
+def test_int8_does_not_mind_the_order_of_channels():
+    kernel = np.random.default_rng(3).normal(size=(2, 8, 12)).astype(np.float32)
+    ours, theirs = (
+        lora.freeze({"kernel": order(kernel, 6)}, "int8")["kernel"] for order in (weights.halves, lambda x, _: x)
+    )
+    np.testing.assert_array_equal(ours.values, weights.halves(theirs.values, 6))
+    np.testing.assert_array_equal(ours.scale, weights.halves(theirs.scale, 6))
+    np.testing.assert_array_equal(ours.astype(np.float32), weights.halves(theirs.astype(np.float32), 6))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -245,6 +254,7 @@ CONFIG = FluxConfig(
     guidance_embeds=True,
     axes_dims_rope=(4, 6, 6),
 )
+TABLE = flux.TRANSFORMER.table(CONFIG)
 ATTENTION = LoraConfig(rank=4, alpha=8).on(FAMILY.targets)
 ATTENTION_HEADS = ("attention/q", "attention/k", "attention/v")
 Q = "single_transformer_blocks.1.attn.to_q"
@@ -395,7 +405,9 @@ def test_tensors_have_diffusers_names_and_the_scale_in_b():
     assert len(tensors) == 2 * (2 * 8 + 3 * 3)
     q = adapters(ATTENTION)["single_blocks"]["attention"]["q"]
     np.testing.assert_array_equal(tensors[f"transformer.{Q}.lora_A.weight"], q["a"][1].T)
-    np.testing.assert_array_equal(tensors[f"transformer.{Q}.lora_B.weight"], 2 * q["b"][1].T)
+    np.testing.assert_array_equal(tensors[f"transformer.{Q}.lora_B.weight"], 2 * weights.neighbours(q["b"][1], 16).T)
+    v, theirs = adapters(ATTENTION)["single_blocks"]["attention"]["v"], Q.replace("to_q", "to_v")
+    np.testing.assert_array_equal(tensors[f"transformer.{theirs}.lora_B.weight"], 2 * v["b"][1].T)
 
 
 def test_bf16_tensors_become_fp32_adapters():

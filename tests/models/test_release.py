@@ -69,7 +69,7 @@ def test_tensors_are_those_that_diffusers_makes(tmp_path, guidance):
     tensors = released(guidance=guidance)
     weights.write_safetensors(tmp_path / "flux.safetensors", tensors)
     config, params = flux.TRANSFORMER.load_folder(tmp_path / "flux.safetensors")
-    ours, theirs = weights.export(flux.TRANSFORMER.table, params), diffusers_conversion(tensors)
+    ours, theirs = weights.export(flux.TRANSFORMER.table(config), params), diffusers_conversion(tensors)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(ours[name], tensor, strict=True)
@@ -99,7 +99,7 @@ def test_a_prefix_sets_the_transformer_apart_from_the_rest_of_the_file(tmp_path)
 
 def test_the_published_sizes_are_found():
     config = flux.flux1_dev()
-    table, skeleton = release.TABLE, flux.TRANSFORMER.skeleton(config)
+    table, skeleton = release.table(config), flux.TRANSFORMER.skeleton(config)
     fused = {rule.ours: rule for rule in table}
     paths = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}
     structs = {}

@@ -155,6 +155,68 @@ def test_parts_of_fused_tensors():
         weights.export(table, params)
 
 
+def halves(x, head):
+    """As the released order (x_2j, x_2j+1) of each head's channels becomes (x_j, x_j+d/2), one by one."""
+    y = np.empty_like(x)
+    for h in range(0, x.shape[-1], head):
+        for j in range(head // 2):
+            y[..., h + j], y[..., h + head // 2 + j] = x[..., h + 2 * j], x[..., h + 2 * j + 1]
+    return y
+
+
+ROTARY = [
+    *linear("net.{i}.q", "blocks/q", rotary=6),
+    Rule("net.{i}.norm", "blocks/norm", rotary=6),
+    *linear("head", "head", bias=False),
+]
+HEADS = {"net.{i}.q.weight": (12, 5), "net.{i}.q.bias": (12,), "net.{i}.norm": (6,)}
+
+
+def of_heads(dtype):
+    rng = np.random.default_rng(1)
+    shapes = {name.replace("{i}", str(i)): shape for name, shape in HEADS.items() for i in range(3)}
+    tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in (shapes | {"head.weight": (4, 3)}).items()}
+    blocks = {"q": {"kernel": np.zeros((3, 5, 12)), "bias": np.zeros((3, 12))}, "norm": np.zeros((3, 6))}
+    return tensors, {"blocks": blocks, "head": {"kernel": np.zeros((3, 4))}}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_rotary_pairs_of_neighbours_come_to_lie_half_a_head_apart_and_go_back(dtype):
+    tensors, skeleton = of_heads(dtype)
+    params = weights.load(ROTARY, skeleton, tensors)
+    for i in range(3):
+        q, norm = params["blocks"]["q"], params["blocks"]["norm"]
+        np.testing.assert_array_equal(q["kernel"][i], halves(tensors[f"net.{i}.q.weight"].T, 6), strict=True)
+        np.testing.assert_array_equal(q["bias"][i], halves(tensors[f"net.{i}.q.bias"], 6), strict=True)
+        np.testing.assert_array_equal(norm[i], halves(tensors[f"net.{i}.norm"], 6), strict=True)
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["head.weight"].T)
+    exported = weights.export(ROTARY, params)
+    assert exported.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(exported[name], tensor, strict=True)
+
+
+@pytest.mark.parametrize("index", [np.s_[:], np.s_[1:], np.s_[1:, 2:4], np.s_[:, :, 3:8], np.s_[2:, :1, 5:], np.s_[3:]])
+def test_a_part_of_rotary_channels_is_that_part_of_the_whole(index):
+    tensors, skeleton = of_heads(ml_dtypes.bfloat16)
+    lazy = weights.lazy_load(ROTARY, skeleton, tensors)
+    whole = weights.load(ROTARY, skeleton, tensors)["blocks"]["q"]["kernel"]
+    np.testing.assert_array_equal(lazy["blocks"]["q"]["kernel"][index], whole[index], strict=True)
+    back = weights.reordered(ROTARY, lazy, weights.neighbours)
+    theirs = np.stack([tensors[f"net.{i}.q.weight"].T for i in range(3)])
+    np.testing.assert_array_equal(back["blocks"]["q"]["kernel"][index], theirs[index], strict=True)
+    again = weights.reordered(ROTARY, back, weights.halves)
+    np.testing.assert_array_equal(again["blocks"]["q"]["kernel"][index], whole[index], strict=True)
+
+
+def test_rotary_channels_of_fused_tensors():
+    tensors, _ = of_heads(np.float32)
+    qkv = np.concatenate([np.zeros((12, 5)), tensors["net.1.q.weight"], np.zeros((12, 5))])
+    table = linear("qkv", "q", bias=False, parts=slice(1, 2), of=3, rotary=6)
+    kernel = weights.load(table, {"q": {"kernel": np.zeros((5, 12))}}, {"qkv.weight": qkv})["q"]["kernel"]
+    np.testing.assert_array_equal(kernel, halves(tensors["net.1.q.weight"].T, 6))
+
+
 ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P

@@ -28,21 +28,21 @@ def _embedder(theirs: str, ours: str) -> list[Rule]:
     return linear(f"{theirs}.in_layer", f"{ours}/linear_1") + linear(f"{theirs}.out_layer", f"{ours}/linear_2")
 
 
-def _heads(fused: str, norm: str, ours: str, of: int) -> list[Rule]:
+def _heads(fused: str, norm: str, ours: str, of: int, head: int) -> list[Rule]:
     return [
-        *linear(fused, f"{ours}/q", parts=slice(0, 1), of=of),
-        *linear(fused, f"{ours}/k", parts=slice(1, 2), of=of),
+        *linear(fused, f"{ours}/q", parts=slice(0, 1), of=of, rotary=head),
+        *linear(fused, f"{ours}/k", parts=slice(1, 2), of=of, rotary=head),
         *linear(fused, f"{ours}/v", parts=slice(2, 3), of=of),
-        Rule(f"{norm}.query_norm.scale", f"{ours}/q_norm/scale"),
-        Rule(f"{norm}.key_norm.scale", f"{ours}/k_norm/scale"),
+        Rule(f"{norm}.query_norm.scale", f"{ours}/q_norm/scale", rotary=head),
+        Rule(f"{norm}.key_norm.scale", f"{ours}/k_norm/scale", rotary=head),
     ]
 
 
-def _stream(theirs: str, ours: str) -> list[Rule]:
+def _stream(theirs: str, ours: str, head: int) -> list[Rule]:
     theirs, ours = f"double_blocks.{{i}}.{theirs}", f"double_blocks/{ours}"
     return [
         *linear(f"{theirs}_mod.lin", f"{ours}/modulation"),
-        *_heads(f"{theirs}_attn.qkv", f"{theirs}_attn.norm", f"{ours}/attention", of=3),
+        *_heads(f"{theirs}_attn.qkv", f"{theirs}_attn.norm", f"{ours}/attention", 3, head),
         *linear(f"{theirs}_attn.proj", f"{ours}/attention_out"),
         *linear(f"{theirs}_mlp.0", f"{ours}/mlp_in"),
         *linear(f"{theirs}_mlp.2", f"{ours}/mlp_out"),
@@ -52,21 +52,25 @@ def _stream(theirs: str, ours: str) -> list[Rule]:
 SINGLE = "single_blocks.{i}"
 FUSED = 3 + MLP_RATIO  # widths in the rows of a single block's first layer: q, k, v, and the MLP
 
-TABLE = [
-    *linear("img_in", "image_in"),
-    *linear("txt_in", "text_in"),
-    *_embedder("time_in", "time_in"),
-    *_embedder("guidance_in", "guidance_in"),
-    *_embedder("vector_in", "pooled_in"),
-    *_stream("img", "image"),
-    *_stream("txt", "text"),
-    *linear(f"{SINGLE}.modulation.lin", "single_blocks/modulation"),
-    *_heads(f"{SINGLE}.linear1", f"{SINGLE}.norm", "single_blocks/attention", of=FUSED),
-    *linear(f"{SINGLE}.linear1", "single_blocks/mlp_in", parts=slice(3, FUSED), of=FUSED),
-    *linear(f"{SINGLE}.linear2", "single_blocks/out"),
-    *linear("final_layer.adaLN_modulation.1", "final_modulation", parts=SWAPPED, of=2),
-    *linear("final_layer.linear", "final_out"),
-]
+
+def table(config: FluxConfig) -> list[Rule]:
+    """The rules of the file's tensors."""
+    head = config.attention_head_dim
+    return [
+        *linear("img_in", "image_in"),
+        *linear("txt_in", "text_in"),
+        *_embedder("time_in", "time_in"),
+        *_embedder("guidance_in", "guidance_in"),
+        *_embedder("vector_in", "pooled_in"),
+        *_stream("img", "image", head),
+        *_stream("txt", "text", head),
+        *linear(f"{SINGLE}.modulation.lin", "single_blocks/modulation"),
+        *_heads(f"{SINGLE}.linear1", f"{SINGLE}.norm", "single_blocks/attention", FUSED, head),
+        *linear(f"{SINGLE}.linear1", "single_blocks/mlp_in", parts=slice(3, FUSED), of=FUSED),
+        *linear(f"{SINGLE}.linear2", "single_blocks/out"),
+        *linear("final_layer.adaLN_modulation.1", "final_modulation", parts=SWAPPED, of=2),
+        *linear("final_layer.linear", "final_out"),
+    ]
 
 
 def recognises(file: str | os.PathLike) -> bool:
@@ -75,7 +79,7 @@ def recognises(file: str | os.PathLike) -> bool:
 
 
 def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndarray]]:
-    """The config and the tensors, named as in `TABLE`, of an original release.
+    """The config and the tensors, named as in `table`, of an original release.
 
     Names may have the prefix "model.diffusion_model."; tensors without it are then of other models, and left out.
     Raises ValueError for a file of another model, or of a FLUX.1 model with additional input channels.

@@ -22,13 +22,14 @@ CHECKPOINT = "orbax"
 class Release(Protocol):
     """A module that reads the single file in which a model was first released."""
 
-    TABLE: list[Rule]
+    def table(self, config: Any) -> Sequence[Rule]:
+        """The rules of its tensors."""
 
     def recognises(self, file: str | os.PathLike) -> bool:
         """Whether the file's tensors have the names of such a release."""
 
     def read_file(self, file: str | os.PathLike) -> tuple[Any, Mapping[str, np.ndarray]]:
-        """The config and the tensors, named as in `TABLE`. Raises ValueError for another model's file."""
+        """The config and the tensors, named as in `table`. Raises ValueError for another model's file."""
 
 
 def _accept(folder: Path, config: Any, fields: Mapping[str, Any]) -> None:
@@ -42,7 +43,7 @@ class Transformer:
     class_name: diffusers' class, as config.json has it under _class_name.
     config: the dataclass of its sizes, whose fields are named as in config.json.
     init: (config, key) -> fresh parameters.
-    table: of the tensors in diffusers' layout.
+    table: config -> the rules of the tensors in diffusers' layout.
     fields: what config.json says besides the sizes.
     check: (folder, config, config.json's fields) -> None; raises ValueError for what the model cannot run.
     release: of the original single file, if there is one.
@@ -51,7 +52,7 @@ class Transformer:
     class_name: str
     config: type
     init: Callable[[Any, jax.Array], Params]
-    table: Sequence[Rule]
+    table: Callable[[Any], Sequence[Rule]]
     fields: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Path, Any, Mapping[str, Any]], None] = _accept
     release: Release | None = None
@@ -63,24 +64,27 @@ class Transformer:
     def open_source(self, path: str | os.PathLike, dtype: Any = None) -> "Source":
         """Opens a transformer: everything is checked, and no data are read yet.
 
-        `path` is a folder that diffusers saved, a folder with config.json and an Orbax checkpoint of our parameters in
-        orbax/, or the original single file. The parameters come in `dtype`, or else as stored. Raises ValueError for
-        anything else, an unsupported config, or tensors that do not fit the config.
+        `path` is a folder that diffusers saved, one that `save_checkpoint` wrote, or the original single file. The
+        parameters come in `dtype`, or else as stored. Raises ValueError for anything else, an unsupported config, or
+        tensors that do not fit the config.
         """
         path = Path(path)
         if not path.exists():
             raise ValueError(f"there is no {path}: give a transformer's folder, or an original .safetensors file")
         if path.is_file():
-            table, (config, tensors) = self._release(path).TABLE, self._release(path).read_file(path)
+            config, tensors = self._release(path).read_file(path)
+            table = self._release(path).table(config)
             params = weights.lazy_load(table, self.skeleton(config), tensors, dtype=dtype)
             return Source(self, config, self._fields(config), params)
         config, fields = self._read_config(path)
         if (path / CHECKPOINT).is_dir():
             params = orbax_io.lazy_restore(path / CHECKPOINT, dtype=dtype)
             weights.check_shapes(self.skeleton(config), params, str(path / CHECKPOINT))
+            params = weights.reordered(self.table(config), params, weights.halves)
             return Source(self, config, fields, params, path / CHECKPOINT)
         tensors = weights.read_safetensors(path)
-        return Source(self, config, fields, weights.lazy_load(self.table, self.skeleton(config), tensors, dtype=dtype))
+        params = weights.lazy_load(self.table(config), self.skeleton(config), tensors, dtype=dtype)
+        return Source(self, config, fields, params)
 
     def read_config(self, path: str | os.PathLike) -> Any:
         """The sizes of what `open_source` opens, without its tensors. Raises ValueError as it does."""
@@ -111,7 +115,8 @@ class Transformer:
         def struct(leaf, sharding):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        return source.config, orbax_io.restore(source.checkpoint, jax.tree.map(struct, source.params, places))
+        params = orbax_io.restore(source.checkpoint, jax.tree.map(struct, source.params, places))
+        return source.config, weights.reordered(self.table(source.config), params, weights.halves)
 
     def save_folder(
         self,
@@ -134,7 +139,7 @@ class Transformer:
           progress: called with the bytes of each tensor that was written.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = weights.lazy_export(self.table, params)
+        tensors = weights.lazy_export(self.table(config), params)
         weights.write_shards(folder, FILE_STEM, tensors, shard_size=shard_size, progress=progress)
         weights.write_config(folder, self._fields(config) if fields is None else fields)
 
@@ -147,7 +152,11 @@ class Transformer:
         fields: Mapping[str, Any] | None = None,
         progress: Progress = lambda num_bytes: None,
     ) -> None:
-        """As `save_folder`, with an Orbax checkpoint of our parameters: `Lazy`, of which one is held at a time."""
+        """As `save_folder`, with an Orbax checkpoint of our parameters: `Lazy`, of which one is held at a time.
+
+        The channels of heads are in the release's order there, so that no file depends on how rotary positions turn.
+        """
+        params = weights.reordered(self.table(config), params, weights.neighbours)
         orbax_io.save(Path(folder) / CHECKPOINT, params, progress)
         weights.write_config(folder, self._fields(config) if fields is None else fields)
 

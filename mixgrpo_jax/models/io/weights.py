@@ -9,11 +9,12 @@ Nothing here holds a whole model unless it is asked to: parameters and tensors a
 import functools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
@@ -34,6 +35,8 @@ class Rule:
 
     Where a release fuses several layers into one tensor, its rows are cut into `of` equal parts, and the parameter is
     made of those that the slice `parts` picks, in its order. Such rules only serve to load.
+
+    Where a release's rotary positions turn neighbours in heads of size `rotary`, our last axis is in `halves`.
     """
 
     theirs: str
@@ -41,6 +44,7 @@ class Rule:
     axes: tuple[int, ...] | None = None
     parts: slice | None = None
     of: int = 1
+    rotary: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -51,17 +55,19 @@ class Rule:
         """Names of the tensors that make up a parameter of this shape."""
         return [self.theirs.replace("{i}", str(i)) for i in range(shape[0])] if self.stacked else [self.theirs]
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """A released tensor in our layout."""
+    def to_ours(self, tensor: np.ndarray, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A released tensor in our layout, or the part of it at `index`."""
         if self.parts:
             parts = tensor.reshape(self.of, -1, *tensor.shape[1:])[self.parts]
             tensor = parts.reshape(-1, *tensor.shape[1:])
-        return tensor if self.axes is None else tensor.transpose(self.axes)
+        ours = tensor if self.axes is None else tensor.transpose(self.axes)
+        return _channels(ours, index, halves, self.rotary) if self.rotary else ours[index]
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Inverse of `to_ours`. Raises ValueError for a part of a fused tensor."""
         if self.parts:
             raise ValueError(f"{self.ours} is a part of {self.theirs}: write with a table of whole tensors")
+        array = _channels(array, (), neighbours, self.rotary) if self.rotary else array
         return array if self.axes is None else array.transpose(np.argsort(self.axes))
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -70,10 +76,52 @@ class Rule:
         return (theirs[0] * self.of // len(range(self.of)[self.parts]), *theirs[1:]) if self.parts else theirs
 
 
-def linear(theirs: str, ours: str, *, bias: bool = True, **parts: Any) -> list[Rule]:
+def linear(theirs: str, ours: str, *, bias: bool = True, **options: Any) -> list[Rule]:
     """Rules of a linear layer: `weight` (out, in) is the transpose of `kernel` [in, out]; `bias` is `bias`."""
-    weight = Rule(f"{theirs}.weight", f"{ours}/kernel", (1, 0), **parts)
-    return [weight, Rule(f"{theirs}.bias", f"{ours}/bias", **parts)] if bias else [weight]
+    weight = Rule(f"{theirs}.weight", f"{ours}/kernel", (1, 0), **options)
+    return [weight, Rule(f"{theirs}.bias", f"{ours}/bias", **options)] if bias else [weight]
+
+
+def halves(x: Any, head: int) -> Any:
+    """[..., H d] with each head's pairs (x_2j, x_2j+1), which rotary positions turn, at (x_j, x_j+d/2); d is `head`.
+
+    >>> halves(np.arange(8), 4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return x.reshape(*x.shape[:-1], -1, head // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def neighbours(x: Any, head: int) -> Any:
+    """Inverse of `halves`."""
+    return x.reshape(*x.shape[:-1], -1, 2, head // 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def reordered(table: Sequence[Rule], params: Params, order: Callable[[Any, int], Any]) -> Params:
+    """Parameters of the table, with `order`, `halves` or `neighbours`, of those that rotary positions ask for.
+
+    Arrays on devices stay where they are, and their buffers are taken over; `Lazy` stays so.
+    """
+    heads = {rule.ours: rule.rotary for rule in table}
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves = {path: reorder(leaf, order, heads[path]) if heads[path] else leaf for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def reorder(leaf: Any, order: Callable[[Any, int], Any], head: int) -> Any:
+    """As `reordered`, of one array or `Lazy`."""
+    if isinstance(leaf, Lazy):
+        return Lazy(leaf.shape, leaf.dtype, lambda index: _channels(leaf, index, order, head))
+    if isinstance(leaf, jax.Array):
+        return jax.jit(order, static_argnums=1, donate_argnums=0, out_shardings=leaf.sharding)(leaf, head)
+    return order(leaf, head)
+
+
+def _channels(x: Any, index: tuple[slice, ...], order: Callable[[Any, int], Any], head: int) -> np.ndarray:
+    """order(x, head)[index], of which only that part is made."""
+    last = len(x.shape) - 1
+    rows, channels = x[index[:last]], order(np.arange(x.shape[-1]), head)[index[last:]]
+    # NumPy gathers along rows fast by the one, along columns of a transposed matrix by the other.
+    return np.take(rows, channels, axis=-1) if rows.flags.c_contiguous else rows[..., channels]
 
 
 def load(
@@ -201,12 +249,12 @@ def _lazy_parameter(rule: Rule, shape: tuple[int, ...], tensors: Mapping[str, np
 
     def read(index):
         if not rule.stacked:
-            return contiguous(rule.to_ours(tensors[names[0]])[index], dtype)
+            return contiguous(rule.to_ours(tensors[names[0]], index), dtype)
         blocks, *rest = index or (slice(None),)
         sizes = [len(range(size)[axis]) for size, axis in zip(shape[1:], rest)] + [*shape[1 + len(rest) :]]
         result = np.empty((len(names[blocks]), *sizes), dtype)
         for block, name in enumerate(names[blocks]):
-            copy(rule.to_ours(tensors[name])[tuple(rest)], result[block, ...])
+            copy(rule.to_ours(tensors[name], tuple(rest)), result[block, ...])
         return result
 
     return Lazy(tuple(shape), dtype, read)

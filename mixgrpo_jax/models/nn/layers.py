@@ -135,6 +135,6 @@ def rotate(x: jax.Array, turns: Turns, axis: int = -1, factor: jax.Array | None 
     axis %= x.ndim
     halves = x.astype(jnp.float32).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
     cos, sin = turns
-    turned = (halves * cos + jnp.flip(halves, axis) * sin)
+    turned = halves * cos + jnp.flip(halves, axis) * sin
     turned = turned if factor is None else turned * jnp.expand_dims(factor, axis)
     return turned.reshape(x.shape).astype(x.dtype)
