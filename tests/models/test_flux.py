@@ -138,7 +138,11 @@ def test_rotary_halves_turn_as_neighbours_and_give_their_scores():
         return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
 
     def halved(x):
-        return layers.rotate(jnp.asarray(weights.halves(x, 20), jnp.float32), angles)
+        x = jnp.asarray(weights.halves(x, 20), jnp.float32)
+        y = layers.rotate(x, layers.rotary(angles))
+        last = layers.rotate(jnp.moveaxis(x, 1, 3), layers.rotary(angles, tokens_last=True), axis=-2)
+        np.testing.assert_allclose(jnp.moveaxis(last, 3, 1), y, atol=1e-6)
+        return y
 
     np.testing.assert_allclose(halved(q), weights.halves(turned(q), 20), atol=2e-6)
     expected = np.einsum("bshd,bthd->bhst", turned(q), turned(k))
