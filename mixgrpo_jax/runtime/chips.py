@@ -15,22 +15,24 @@ class Chip(NamedTuple):
     """
 
     flops: float
+    clock: float
     hbm: float
     hbm_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float
     slices: tuple[str, ...]
 
 
-GIB, GB = 2.0**30, 1e9
+GIB, GB, GHZ = 2.0**30, 1e9, 1e9
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 CHIPS = {
-    "v4": Chip(PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1228 * GB, 300 * GB, CUBES),
-    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 15.75 * GIB, 819 * GB, 200 * GB, SQUARES),
-    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2765 * GB, 600 * GB, CUBES),
-    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 31.24 * GIB, 1638 * GB, 400 * GB, SQUARES),
-    "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 94.74 * GIB, 3690 * GB, 300 * GB, CUBES),
+    "v4": Chip(PEAK_FLOPS["TPU v4"], 1.05 * GHZ, 30.75 * GIB, 1228 * GB, 300 * GB, 6.25 * GB, CUBES),
+    "v5e": Chip(PEAK_FLOPS["TPU v5 lite"], 1.5 * GHZ, 15.75 * GIB, 819 * GB, 200 * GB, 3.125 * GB, SQUARES),
+    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 1.75 * GHZ, 95.73 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, CUBES),
+    "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 1.75 * GHZ, 31.24 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, SQUARES),
+    "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 2.2 * GHZ, 94.74 * GIB, 3690 * GB, 300 * GB, 6.25 * GB, CUBES),
 }
 
 
