@@ -1,6 +1,7 @@
 """TPUs by kind: what a device of them computes, holds and moves, and slices that can be had."""
 
 import math
+import re
 from typing import NamedTuple
 
 from mixgrpo_jax.runtime.metrics import PEAK_FLOPS
@@ -9,9 +10,12 @@ from mixgrpo_jax.runtime.metrics import PEAK_FLOPS
 class Chip(NamedTuple):
     """A JAX device: a chip, and of tpu7x one of a chip's two cores.
 
-    `hbm` is what a program may fill, by the compiler. The other figures are Google Cloud's: peak dense bf16 FLOP/s, the
-    memory's bytes/s, and the bytes/s that a device receives when all its links are busy, half of the bidirectional
-    bandwidth. `slices` grow from the smallest to the largest of one pod that is tried.
+    `flops` are peak dense bf16 FLOP/s, and `clock` Hz, at which the compiler's cycles make that peak: its estimates of
+    a plain product come to 90% to 97% of it (benchmarks/RESULTS.md). `hbm` is what a program may fill, by the compiler.
+    The other figures are Google Cloud's: the memory's bytes/s; the bytes/s that a device receives with all its links
+    busy, half of the bidirectional bandwidth; and its part of the data-centre network between slices in bytes/s, the
+    page of each kind's "DCN bandwidth per chip" or pod (v4's is v5p's: no figure is given). `slices` grow from the
+    smallest to the largest of one pod that is tried.
     """
 
     flops: float
@@ -36,14 +40,29 @@ CHIPS = {
 }
 
 
+def parse(topology: str) -> tuple[int, str, str]:
+    """(slices, kind, shape) of "[Nx]KIND:AxB[xC]": N slices of a shape, 1 by default.
+
+    >>> parse("v5e:4x8"), parse("2xv5p:4x4x4")
+    ((1, 'v5e', '4x8'), (2, 'v5p', '4x4x4'))
+
+    Raises ValueError for another form, or an unknown kind.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)+)", topology)
+    if not found or found[2] not in CHIPS:
+        raise ValueError(
+            f"topology={topology!r}: give [Nx]KIND:AxB[xC], as v5p:4x4x4 or 2xv5p:4x4x4, with KIND one of "
+            f"{', '.join(CHIPS)}"
+        )
+    return int(found[1] or 1), found[2], found[3]
+
+
 def chip(topology: str) -> Chip:
-    """The chip of a slice "KIND:AxB[xC]". Raises ValueError for an unknown kind."""
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not shape:
-        raise ValueError(f"topology={topology!r}: give KIND:AxB[xC], as v5p:4x4x4, with KIND one of {', '.join(CHIPS)}")
-    return CHIPS[kind]
+    """The chip of slices "[Nx]KIND:AxB[xC]". Raises ValueError for another form, or an unknown kind."""
+    return CHIPS[parse(topology)[1]]
 
 
 def size(topology: str) -> int:
-    """Chips of a slice "KIND:AxB[xC]"."""
-    return math.prod(int(side) for side in topology.partition(":")[2].split("x"))
+    """Chips of slices "[Nx]KIND:AxB[xC]", all together. Raises ValueError for another form, or an unknown kind."""
+    slices, _, shape = parse(topology)
+    return slices * math.prod(int(side) for side in shape.split("x"))

@@ -175,7 +175,7 @@ def own(i: Instruction, kernel: Callable | None) -> Cost:
             return Cost()
         return Cost(collectives={kind: (1, _received(kind, _bytes(i.operands), group_size(i.attributes)))})
     if i.opcode == "recv" and "xla_megascale_runtime" in i.attributes:
-        return Cost(collectives={ACROSS: (1, _bytes(i.result[:1]))})
+        return Cost(collectives={ACROSS: (1, _across(i))})
     if i.opcode == "custom-call" and kernel:
         flops = kernel(i.name, i.operands)
     elif i.opcode in ("dot", "convolution"):
@@ -191,6 +191,15 @@ def _received(kind: str, operands: float, n: int) -> float:
         return operands
     times = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
     return times * operands
+
+
+def _across(i: Instruction) -> float:
+    """Bytes that a device receives at least from other slices: all that it is sent, or of a sum its part, twice."""
+    size, target = _bytes(i.result[:1]), re.search(r'_xla_megascale_target="\{([\d,:]*)\}', i.attributes)
+    if not target or '_xla_megascale_transfer_type="ALL_REDUCE"' not in i.attributes:
+        return size
+    ranges = [[int(end) for end in part.split(":")] for part in target[1].split(",")]
+    return _received("all-reduce", size, sum(ends[-1] - ends[0] + 1 for ends in ranges))
 
 
 def _dot(i: Instruction) -> float:

@@ -28,8 +28,8 @@ class Operation(NamedTuple):
     """What takes time on one device.
 
     kind: one of `OPERATIONS`, or a collective's. name: in the program. place: "FILE:LINE" in this package that asked
-      for it, with its caller's where there is one. scope: JAX's name of it, in which "rematted_computation" says that
-      it is recomputed.
+      for it, and " < FILE:LINE" of another file that called it. scope: JAX's name of it, in which
+      "rematted_computation" says that it is recomputed.
     times: that it is executed. The other figures are of each time: cycles; a kernel's flops; bytes that a collective
       receives, and cycles and kernels' flops between its start and its end.
     """
@@ -214,6 +214,7 @@ def _places(text: str) -> Callable[[str], str]:
         else:
             found = chain(int((re.search(r"stack_frame_id=(\d+)", attributes) or "00")[1]))
         ours = [PACKAGE + path.rpartition("/" + PACKAGE)[2] for path in found if "/" + PACKAGE in path]
-        return " < ".join(ours[:2])
+        by_file = dict(reversed([(path.partition(":")[0], path) for path in ours]))  # the innermost line of each
+        return " < ".join([*reversed(by_file.values())][:2])
 
     return place
