@@ -11,7 +11,7 @@ class Chip(NamedTuple):
     """A JAX device: a chip, and of tpu7x one of a chip's two cores.
 
     `flops` are peak dense bf16 FLOP/s, and `clock` Hz, at which the compiler's cycles make that peak: its estimates of
-    a plain product come to 90% to 97% of it (benchmarks/RESULTS.md). `hbm` is what a program may fill, by the compiler.
+    a plain product come to 90% to 98% of it (benchmarks/RESULTS.md). `hbm` is what a program may fill, by the compiler.
     The other figures are Google Cloud's: the memory's bytes/s; the bytes/s that a device receives with all its links
     busy, half of the bidirectional bandwidth; and its part of the data-centre network between slices in bytes/s, the
     page of each kind's "DCN bandwidth per chip" or pod (v4's is v5p's: no figure is given). `slices` grow from the

@@ -97,7 +97,7 @@ WRAPPED = f"""  %start = ((f32[8,8]{{1,0}}), f32[32,8]{{1,0}}, u32[]{{:S(2)}}) a
   %done = f32[32,8]{{1,0}} async-done(%update)
 """
 GATHER = f"  %w = f32[8,8]{{1,0}} parameter(0)\n  ROOT %g = f32[32,8]{{1,0}} all-gather(%w), channel_id=1, {GROUPS}"
-# an asynchronous collective fusion: one that starts it, products that carry it, one that ends it; each repeats the gather
+# an asynchronous collective fusion: one starts it, products carry it, one ends it, and each repeats the gather
 CHAIN = """  %start = (f32[8,8]{1,0}, f32[32,8]{1,0}) fusion(%x), kind=kCustom, calls=%starts
   %w = f32[8,8]{1,0} get-tuple-element(%start), index=0
   %carried = (f32[8,8]{1,0}, f32[8,8]{1,0}) fusion(%w, %x), kind=kOutput, calls=%carries, \
@@ -158,12 +158,14 @@ def test_slices_by_name():
     assert (chips.size("v5e:4x8"), chips.size("3xv5e:4x8")) == (32, 96)
     assert chips.chip("2xv5p:2x2x1") is chips.CHIPS["v5p"]
     for wrong in ("v5p", "v3:2x2", "0xv5p:2x2x1", "2x4x4", "v5p:2x"):
-        with pytest.raises(ValueError, match="give .*KIND:AxB"):
+        with pytest.raises(ValueError, match=r"give .*KIND:AxB"):
             chips.parse(wrong)
 
 
 @pytest.mark.parametrize("kind", chips.CHIPS)
 def test_clocks_make_the_peak_by_whole_units(kind):
-    """Peak FLOP/s over the clock is what 128 x 128 or 256 x 256 units of multiply-adds do in a cycle."""
+    """Peak FLOP/s over the clock is what so many 128 x 128 units of multiply-adds do in a cycle; or 256 x 256, four."""
     per_cycle = chips.CHIPS[kind].flops / chips.CHIPS[kind].clock
-    assert per_cycle == pytest.approx({"v4": 8, "v5e": 4, "v5p": 8, "v6e": 16, "tpu7x": 16}[kind] * 2 * 128**2, rel=2e-3)
+    assert per_cycle == pytest.approx(
+        {"v4": 8, "v5e": 4, "v5p": 8, "v6e": 16, "tpu7x": 16}[kind] * 2 * 128**2, rel=2e-3
+    )
