@@ -35,6 +35,18 @@ def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, de
         assert result["flops_per_iteration"][phase]["ratio"] == pytest.approx(1, abs=0.05), phase
         assert result["collectives"][phase]["all-gather"]["bytes"] > 0
         assert min(result["seconds_per_iteration"][phase].values()) > 0
+        plan = result["schedule"][phase]
+        assert plan["seconds"]["0.6"]["total"] > max(result["seconds_per_iteration"][phase].values())
+        assert 0 < plan["utilisation"]["0.6"]["without recomputation"] < 1
+        assert len(plan["costliest"]) == 10 and any("flux/model.py:" in i["place"] for i in plan["costliest"])
+    assert set(result["schedule"]) == set(result["bytes_per_device"]) and "by the schedule it takes" in text
+
+
+def test_a_compiler_that_tries_less_gives_no_schedule(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
+    result, text = estimate(tmp_path, "v5e:2x2", *SHARDED, "--config.batch.prompts=16", "--config.batch.micro_batch=16")
+    assert result["schedule"] == {} and result["seconds_per_iteration"]["update"]["compute"] > 0
+    assert "the compiler tries too little for its schedule to tell speed" in text
 
 
 def test_what_does_not_fit_says_what_would_help(tmp_path):
