@@ -26,6 +26,7 @@ from safetensors import safe_open
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Params, Rule
 from mixgrpo_jax.models.lora_config import BASES, LoraConfig
+from mixgrpo_jax.models.nn import products
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # names a pipeline's part in a file that may hold adapters of several
@@ -63,16 +64,16 @@ class LoraKernel:
         """All three factors in dtype."""
         return LoraKernel(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
 
-    @property
-    def T(self) -> "LoraKernel":  # noqa: N802
-        """Of an unstacked kernel: W^T + scale B^T A^T."""
-        return LoraKernel(self.base.T, self.b.T, self.a.T, self.scale)
-
-    def __matmul__(self, x: Array) -> Array:
-        return self.base @ x + self.scale * (self.a @ (self.b @ x))
-
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.base + self.scale * ((x @ self.a) @ self.b)
+
+    def joined(self, *parts: Array) -> Array:
+        """[part, ...] @ kernel, with parts [..., d] that are not joined: [..., d_out]."""
+        return products.joined(parts, self.base) + self.scale * (products.joined(parts, self.a) @ self.b)
+
+    def tokens_last(self, x: Array) -> Array:
+        """[B, S, d_in] -> [B, d_out, S]."""
+        return products.tokens_last(x, self.base) + self.scale * products.tokens_last(x @ self.a, self.b)
 
 
 @jax.tree_util.register_dataclass

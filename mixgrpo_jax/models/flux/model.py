@@ -13,7 +13,8 @@ from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm, Turns
-from mixgrpo_jax.models.nn.placement import gathered, spread
+from mixgrpo_jax.models.nn.placement import spread
+from mixgrpo_jax.models.nn.products import gathered
 from mixgrpo_jax.models.nn.remat import rematerialise
 
 Params = dict[str, Any]
@@ -168,7 +169,7 @@ class _Flux(nnx.Module):
             total = total + self.guidance_in(layers.sinusoid(1000 * guidance).astype(pooled.dtype))
         return jax.nn.silu(total)
 
-    def __call__(self, x, text, condition, ids, remat, backend):
+    def __call__(self, x, text, condition, ids, remat, backend, reduce_dtype):
         (split, length), dtype = (text.shape[1], len(ids)), x.dtype
         total, tokens_last = layers.form(length, dtype, backend)
         x, ids = (
@@ -182,10 +183,12 @@ class _Flux(nnx.Module):
         )
 
         def double(streams, block):
-            return spread(gathered(block, dtype)(*streams, condition, turns[1:], attend, tokens_last)), None
+            return spread(
+                gathered(block, dtype, reduce_dtype)(*streams, condition, turns[1:], attend, tokens_last)
+            ), None
 
         def single(x, block):
-            return spread(gathered(block, dtype)(x, condition, turns[0], attend, tokens_last)), None
+            return spread(gathered(block, dtype, reduce_dtype)(x, condition, turns[0], attend, tokens_last)), None
 
         double, single = (rematerialise(body, remat) for body in (double, single))
         streams = self.text_in(spread(text)), self.image_in(spread(x))
@@ -231,6 +234,7 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     remat: str = "none",
     attention: layers.Backend = "xla",
+    reduce_dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Velocity v(x, sigma, text) of packed latents.
 
@@ -248,6 +252,7 @@ def apply(
         are fp32 in any case.
       remat: what the backward pass of a block finds stored, see `remat.rematerialise`.
       attention: back end, see `attention.attention`.
+      reduce_dtype: in which gradients of kernels are summed over devices.
 
     Returns:
       v [B, S, in_channels] in fp32.
@@ -267,7 +272,9 @@ def apply(
         text_ids = jnp.zeros((text.shape[1], 3))
     ids = jnp.concatenate([text_ids, image_ids]).astype(jnp.float32)
     condition = model.condition(timestep, pooled.astype(dtype), guidance)
-    return model(x.astype(dtype), text.astype(dtype), condition, ids, remat, attention).astype(jnp.float32)
+    return model(x.astype(dtype), text.astype(dtype), condition, ids, remat, attention, reduce_dtype).astype(
+        jnp.float32
+    )
 
 
 def flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixgrpo_jax.models.nn import products
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
 from mixgrpo_jax.models.nn.attention import Backend as Backend
 from mixgrpo_jax.models.nn.attention import attention as attention
@@ -42,13 +43,12 @@ class Linear(nnx.Module):
 
     def tokens_last(self, x: jax.Array) -> jax.Array:
         """[B, S, d_in] -> [B, d_out, S], in x's dtype."""
-        y = self.kernel[...].astype(x.dtype).T @ x.swapaxes(1, 2)
+        y = products.tokens_last(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[:, None]
 
     def joined(self, *parts: jax.Array) -> jax.Array:
         """The layer of the parts' concatenation along the last axis, which is not made."""
-        kernel, rows = self.kernel[...].astype(parts[0].dtype), np.cumsum([0, *(x.shape[-1] for x in parts)])
-        y = sum(x @ kernel[start:stop] for x, start, stop in zip(parts, rows, rows[1:]))
+        y = products.joined(parts, self.kernel[...].astype(parts[0].dtype))
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -60,7 +60,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array, turns: Turns | None = None, axis: int = -1) -> jax.Array:
-        """Same shape and dtype as x, of which `axis` has dim features; rotated by `turns`, see `rotary`, where given."""
+        """In x's shape and dtype; `axis` has the dim features, which `turns` rotate where given, see `rotary`."""
         scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), tuple(range(axis + 1, 0)))
         y = x.astype(jnp.float32)
         norm = jax.lax.rsqrt(jnp.mean(y * y, axis=axis, keepdims=True) + self.eps)

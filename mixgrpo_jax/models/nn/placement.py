@@ -1,8 +1,6 @@
 """Where activations and parameters lie on a mesh."""
 
-import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,44 +42,6 @@ def spread(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, P(*spec, *rest))
 
     return tree if mesh.empty else jax.tree.map(place, tree)
-
-
-def gathered(block: Any, dtype: Any) -> Any:
-    """A block's parameters as its products read them: in their dtype, and whole on every device but for the axis tensor.
-
-    One gather a kernel, where its block runs. Left alone, a compiler cuts each product into as many small ones as the
-    kernel has parts, and sends these around. A gradient is summed and cut in one step.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def gather(path: Any, leaf: jax.Array) -> jax.Array:
-        name = "blocks/" + "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        spec = next((spec for regex, spec in RULES if re.search(regex, name)), P())
-        cut = [
-            dividing(mesh, axes if isinstance(axes, tuple) else (axes,), size) if axes else ()
-            for axes, size in zip(spec[1:], leaf.shape)
-        ]
-        whole = [tuple(axis for axis in axes if axis not in CUT) for axes in cut]
-        read = leaf.dtype == jnp.float32 and re.search(r"(kernel|bias)/value$", name)
-        return _gather(leaf, dtype if read else leaf.dtype, P(*whole), P(*cut))
-
-    return block if mesh.empty else jax.tree_util.tree_map_with_path(gather, block)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(leaf: jax.Array, dtype: Any, whole: P, cut: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)
-
-
-def _gather_forward(leaf: jax.Array, dtype: Any, whole: P, cut: P) -> Any:
-    return _gather(leaf, dtype, whole, cut), jnp.zeros(0, leaf.dtype)
-
-
-def _gather_backward(dtype: Any, whole: P, cut: P, kept: jax.Array, gradient: jax.Array) -> Any:
-    return (jax.lax.with_sharding_constraint(gradient, cut).astype(kept.dtype),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def one_by_one(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
