@@ -39,12 +39,10 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.samples import Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
-from mixgrpo_jax.runtime import chips, hlo
+from mixgrpo_jax.runtime import chips, compiler, hlo
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
-# With it on, libtpu 0.0.42.1 aborts on FLUX.1's sharded update for a tpu7x; for v6e the program is as large either way.
-LIBTPU_INIT_ARGS = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=false"
 BOUND = (
     "the largest of compute, memory and interconnect in each phase, at full utilisation: peak bf16 products, the "
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
@@ -229,7 +227,6 @@ def find_parts(settings: Settings, architecture: str) -> Parts:
 def main(_):  # noqa: D103
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or the TPU's library asks the cloud which TPU this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it refuses where another process has loaded it
-    os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
     jax.config.update("jax_platforms", "cpu")
     config = _CONFIG.value
     if config.model.attention == "auto":
@@ -237,6 +234,7 @@ def main(_):  # noqa: D103
     settings = configs.resolve(config)
     parts = find_parts(settings, _ARCHITECTURE.value)
     print(settings.arithmetic())
+    print(compiler.describe(slice_devices(_TOPOLOGY.value)))
     result = estimate(settings, parts, _TOPOLOGY.value)
     print(table(result))
     if _SMALLEST.value:

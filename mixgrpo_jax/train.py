@@ -31,7 +31,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import distributed, metrics, report
+from mixgrpo_jax.runtime import compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.tasks import load_task
@@ -116,6 +116,7 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainSta
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
         print(settings.arithmetic())
+        print(compiler.describe(mesh.devices.flat))
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
     return collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)

@@ -28,6 +28,7 @@ def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, de
     batch = (f"--config.batch.micro_batch={micro_batch}", "--config.batch.updates=3", "--config.batch.prompts=16")
     result, text = estimate(tmp_path, topology, *SHARDED, *batch)
     assert result["fits"] and "fits" in text and result["devices"] == devices
+    assert "compiler options for TPU v5 lite: xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000" in text
     assert set(result["bytes_per_device"]) == {"features", "rollout", "decode", "update"}
     assert all(0 < sizes["total"] < result["hbm_bytes"] for sizes in result["bytes_per_device"].values())
     assert result["evaluations_per_iteration"]["update"] == 16 * 12 * 3

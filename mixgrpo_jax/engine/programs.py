@@ -22,6 +22,7 @@ from mixgrpo_jax.rl import select
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import MakeRoles, init_state, make_update
+from mixgrpo_jax.runtime import compiler
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import compilations
 
@@ -62,16 +63,17 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
     optimiser = make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
     fresh = functools.partial(init_state, optimiser=optimiser, averages=settings.averages)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), parts.family.rules, mesh)
+    jit: Any = functools.partial(jax.jit, compiler_options=compiler.options(mesh.devices.flat))
     return Programs(
-        init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
-        features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, settings.batch.prompts)),
-        rollout=jax.jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
-        decode=jax.jit(
+        init=jit(fresh, out_shardings=place, donate_argnums=(0,)),
+        features=jit(policy.features, out_shardings=meshes.batch_sharding(mesh, settings.batch.prompts)),
+        rollout=jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
+        decode=jit(
             functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
             out_shardings=meshes.batch_sharding(mesh, chunks.shape[1]),
         ),
         # The state must leave as it came: in another layout, it would compile both programs again.
-        update=jax.jit(
+        update=jit(
             _make_update(settings, policy, trainable.attach, optimiser),
             donate_argnums=(0,),
             out_shardings=(place, whole),
