@@ -27,10 +27,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.config import Settings
+from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.engine.programs import decode_chunks, prefix_rows
+from mixgrpo_jax.engine.programs import decode_chunks, idle, prefix_rows
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
@@ -72,7 +72,7 @@ def slice_mesh(settings: Settings, topology: str) -> Any:
     """The config's mesh over a slice's devices. Raises ValueError where it does not fill them."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU's compiler is not installed: pip install 'mixgrpo_jax[tpu]'")
-    return meshes.make_mesh(settings.config.mesh, slice_devices(topology))
+    return meshes.make_mesh(settings.config.mesh, slice_devices(topology), settings.update_samples)
 
 
 def host_mesh(topology: str) -> Any:
@@ -127,13 +127,7 @@ def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
 
 def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
     """What of a config sits badly on a mesh, and what is not among the phases."""
-    batch, ways, found = settings.config.batch, meshes.batch_ways(mesh), []
-    for name, size in (("batch.micro_batch", batch.micro_batch), ("batch.prompts * batch.group", settings.samples)):
-        if size % ways:
-            found.append(
-                f"{name}={size} does not divide over data x fsdp = {ways}: every device computes all of it. Choose a "
-                f"multiple, or a larger mesh.tensor (now {mesh.shape['tensor']})"
-            )
+    found = idle(settings, mesh)
     rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
     if rest := [name for name in rewards if name not in phases]:
         found.append(f"not counted: rewards {', '.join(rest)}")
@@ -150,10 +144,12 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
         steps.append("adapters (model.lora.rank=64)")
     if phase == "update" and config.model.remat != "block":
         steps.append("model.remat='block'")
-    if phase == "update" and config.batch.micro_batch > ways:
-        steps.append(f"a smaller batch.micro_batch (now {config.batch.micro_batch}; {ways} is a sample a device)")
-    if phase == "decode" and config.batch.decode > ways:
-        steps.append(f"a smaller batch.decode (now {config.batch.decode}; {ways} is a sample a device)")
+    for program, field, size in (
+        ("update", "micro_batch", share(settings.update_samples, config.batch.micro_batch, ways)),
+        ("decode", "decode", share(settings.samples, config.batch.decode, ways)),
+    ):
+        if phase == program and size > 1:
+            steps.append(f"a smaller batch.{field} (now {size} samples a device)")
     if phase in ("rollout", "decode") and settings.samples > ways:
         steps.append(f"fewer batch.prompts (now {settings.samples // ways} samples a device)")
     return f"{phase} does not fit; what helps: " + "; ".join(steps)
@@ -233,8 +229,9 @@ def main(_):  # noqa: D103
         config.model.attention = "splash"  # what it is on a TPU
     settings = configs.resolve(config)
     parts = find_parts(settings, _ARCHITECTURE.value)
-    print(settings.arithmetic())
-    print(compiler.describe(slice_devices(_TOPOLOGY.value)))
+    mesh = slice_mesh(settings, _TOPOLOGY.value)
+    print(settings.arithmetic(meshes.batch_ways(mesh)))
+    print(compiler.describe(mesh.devices.flat))
     result = estimate(settings, parts, _TOPOLOGY.value)
     print(table(result))
     if _SMALLEST.value:

@@ -37,7 +37,7 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
+    _, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh, samples=settings.update_samples))
     trained, source = restore_trained(settings, workdir, trainable.params)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()

@@ -25,7 +25,7 @@ from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
-from mixgrpo_jax.engine.programs import make_programs
+from mixgrpo_jax.engine.programs import idle, make_programs
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
@@ -45,7 +45,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     if "://" in str(workdir):
         raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
     settings = configs.resolve(config)
-    mesh, workdir = meshes.make_mesh(config.mesh), pathlib.Path(workdir)
+    mesh, workdir = meshes.make_mesh(config.mesh, samples=settings.update_samples), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     saves = settings.checkpoint
     # The mesh is set for the attention kernels that are placed by hand. A run that fails finishes the save under way.
@@ -115,8 +115,10 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainSta
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
-        print(settings.arithmetic())
+        print(settings.arithmetic(meshes.batch_ways(mesh)))
         print(compiler.describe(mesh.devices.flat))
+        for note in idle(settings, mesh):
+            print("WARNING:", note)
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
     return collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)

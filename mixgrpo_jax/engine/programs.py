@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import BatchSizes, Optimizer, Settings
+from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.plans import Layout
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
@@ -74,7 +75,7 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
         ),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jit(
-            _make_update(settings, policy, trainable.attach, optimiser),
+            _make_update(settings, policy, trainable.attach, optimiser, meshes.batch_ways(mesh)),
             donate_argnums=(0,),
             out_shardings=(place, whole),
         ),
@@ -84,17 +85,27 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
     )
 
 
+def idle(settings: Settings, mesh: Any) -> list[str]:
+    """What of a config leaves devices of a mesh without work of their own, and what would help."""
+    ways, found = meshes.batch_ways(mesh), []
+    for what, size in (("an iteration", settings.samples), ("an update", settings.update_samples)):
+        if size % ways:
+            common = math.gcd(size, ways)
+            found.append(
+                f"the {size} samples of {what} do not divide over data x fsdp = {ways}: every device computes all of "
+                f"them. Choose batch.prompts, group and updates so that {ways} divides them, or mesh.tensor=-1 beside "
+                f"mesh.fsdp=-1, for data x fsdp = {common}"
+            )
+    return found
+
+
 def decode_chunks(samples: int, at_most: int, ways: int) -> np.ndarray:
-    """Which samples are decoded together, [n, b]: an equal share of those that each of `ways` devices holds.
+    """Which samples are decoded together, [n, b]: so many of those that each of `ways` devices holds, see `share`.
 
-    The largest b that fits: at most `at_most`, or one sample a device.
-
-    >>> decode_chunks(8, 4, ways=2).tolist()
+    >>> decode_chunks(8, 2, ways=2).tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
-    ways = ways if samples % ways == 0 else 1
-    own = samples // ways
-    size = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * ways <= at_most))
+    size, ways = share(samples, at_most, ways), ways if samples % ways == 0 else 1
     return np.arange(samples).reshape(ways, -1, size).swapaxes(0, 1).reshape(-1, ways * size)
 
 
@@ -183,14 +194,14 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
     return roles
 
 
-def _make_update(settings: Settings, policy: Policy, attach: Any, optimiser: Any) -> Any:
+def _make_update(settings: Settings, policy: Policy, attach: Any, optimiser: Any, ways: int) -> Any:
     update = make_update(
         settings.objective,
         make_roles(settings, policy.velocity, attach),
         optimiser,
         Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens),
         num_updates=settings.batch.updates,
-        micro_batch=settings.batch.micro_batch,
+        micro_batch=settings.micro_batch(ways),
         averages=settings.averages,
         key=jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 2),  # apart from every iteration's
     )
