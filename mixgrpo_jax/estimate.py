@@ -7,8 +7,12 @@ Compiles the run's own programs for the slice, with shapes in place of weights; 
 model.folder is not there, the sizes are those of `--architecture`. A config that does not fit is tried on larger slices
 of the kind; `--smallest` looks for the smallest of every kind that does. `--json=FILE` writes the figures down.
 
+Seconds are given twice: at best, which no program can beat, and by the schedule of the compiler, which estimates each
+operation, see `runtime.schedule`. `--topology=2xv5p:4x4x4` is two slices, with the data-centre network between them.
+
 The environment variable JAX_OPTIMIZATION_LEVEL=O1 makes the compiler try less: of FLUX.1-dev's run it takes 4 minutes
-in place of 15 on one core, with the same FLOPs and transfers, and with temporaries that are a tenth more or less.
+in place of 15 on one core, with the same FLOPs and transfers, and with temporaries that are a tenth more or less. Its
+schedule is then no measure of speed, and is left out.
 """
 
 import contextlib
@@ -16,7 +20,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +43,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.samples import Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
-from mixgrpo_jax.runtime import chips, compiler, hlo
+from mixgrpo_jax.runtime import chips, compiler, hlo, schedule
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
@@ -48,10 +52,19 @@ BOUND = (
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
     "phases, no host"
 )
+RATES = {str(rate): rate for rate in (0.4, schedule.RATE, 0.8)}  # of peak, that kernels are assumed to reach
+SCHEDULE = (
+    "the compiler's cycles, and transfers by bytes over bandwidth less what is computed meanwhile; nothing overlapped "
+    "between phases, no latency, no host"
+)
+NO_SCHEDULE = "JAX_OPTIMIZATION_LEVEL={}: the compiler tries too little for its schedule to tell speed; leave it unset"
 
 
-def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float], dict[str, float], tuple]:
-    """A mean iteration of the run: evaluations and FLOPs by phase, and the shares of gated steps that run."""
+def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float], dict[str, dict[str, float]], tuple]:
+    """A mean iteration of the run: evaluations, FLOPs by phase, and the shares of gated steps that run.
+
+    FLOPs are those expected, and those of them that are useful: what is recomputed is not.
+    """
     planner, layout, seen = settings.planner, settings.planner.layout, []
     rows, state = prefix_rows(layout, settings.batch, mesh), planner.initial()
     for _ in range(settings.config.iterations):
@@ -62,10 +75,12 @@ def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float
     tools = Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens)
     of_update = count_evaluations(settings.objective, settings.roles, tools, policy.latent_shape, planner.num_trained)
     cost = Cost(*(policy.evaluations * n for n in (rollout, *(settings.trained_samples * each for each in of_update))))
-    passes = cost.work(adapters=settings.model.lora.rank > 0, recomputed=settings.model.remat == "block")
+    adapters = settings.model.lora.rank > 0
+    passes = {"expected": cost.work(adapters, settings.model.remat == "block"), "useful": cost.work(adapters)}
     shares = tuple(n / segment.steps for n, segment in zip(steps, layout) if segment.steps and not segment.record)
-    flops = {phase: policy.flops * count for phase, count in passes.items()}
-    return {"rollout": cost.rollout, "update": cost.update}, flops, shares
+    phases = {"rollout": cost.rollout, "update": cost.update}
+    flops = {phase: {name: policy.flops * count[phase] for name, count in passes.items()} for phase in phases}
+    return phases, flops, shares
 
 
 def slice_mesh(settings: Settings, topology: str) -> Any:
@@ -77,14 +92,18 @@ def slice_mesh(settings: Settings, topology: str) -> Any:
 
 def host_mesh(topology: str) -> Any:
     """A mesh over the devices of one of the slice's hosts: of every kind of TPU, those of the smallest slice."""
-    kind = topology.partition(":")[0]
+    _, kind, _ = chips.parse(topology)
     devices = slice_devices(f"{kind}:{chips.CHIPS[kind].slices[0]}")
     return meshes.make_mesh({"data": -1}, devices)
 
 
 def slice_devices(topology: str) -> Sequence[jax.Device]:
-    """A slice's devices, which are not here."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    """The devices of one slice or several, which are not here."""
+    slices, kind, shape = chips.parse(topology)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # as JAX has it: a device is a chip, not a core
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices
 
 
 def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
@@ -96,7 +115,10 @@ def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations}
     result["notes"] = notes(settings, mesh, phases)
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
-    result["seconds_per_iteration"] = {}
+    result |= {"seconds_per_iteration": {}, "schedule": {}}
+    level = jax.config.jax_optimization_level  # type: ignore[attr-defined]
+    if level in ("O0", "O1"):
+        result["notes"].append(NO_SCHEDULE.format(level))
     chunks = len(decode_chunks(settings.samples, settings.config.batch.decode, meshes.batch_ways(mesh)))
     for phase, lowered in (progress := tqdm(phases.items(), desc="compile")):
         progress.set_postfix_str(phase)
@@ -109,20 +131,38 @@ def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
         if compiled is None:
             continue
         times = 1 if phase in ("features", "rollout", "update") else chunks
-        cost = hlo.cost(compiled.as_text(), shares if phase == "rollout" else (), attention.kernel_flops)
-        flops = {"compiled": times * cost.flops * mesh.size}
+        text, gates = compiled.as_text(), shares if phase == "rollout" else ()
+        cost = hlo.cost(text, gates, attention.kernel_flops) * times
+        flops = {"compiled": cost.flops * mesh.size, **expected.get(phase, {})}
         if phase in expected:
-            flops |= {"expected": expected[phase], "ratio": flops["compiled"] / expected[phase]}
+            flops["ratio"] = flops["compiled"] / flops["expected"]
         result["flops_per_iteration"][phase] = flops
-        result["collectives"][phase] = {
-            k: {"count": times * n, "bytes": times * b} for k, (n, b) in cost.collectives.items()
-        }
+        result["collectives"][phase] = {k: {"count": n, "bytes": b} for k, (n, b) in cost.collectives.items()}
         result["seconds_per_iteration"][phase] = {
-            "compute": times * cost.flops / chip.flops,
-            "memory": times * cost.bytes / chip.hbm_bandwidth,
-            "interconnect": times * cost.moved / chip.link_bandwidth,
-        }
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.hbm_bandwidth,
+            "interconnect": cost.moved / chip.link_bandwidth,
+        } | ({"network": cost.across / chip.network_bandwidth} if cost.across else {})
+        if level not in ("O0", "O1"):
+            plan = schedule.read(text, gates, attention.kernel_flops) * times
+            result["schedule"][phase] = _scheduled(plan, chip, flops, chip.flops * mesh.size)
     return result
+
+
+def _scheduled(plan: schedule.Schedule, chip: chips.Chip, flops: dict[str, float], peak: float) -> dict[str, Any]:
+    """Figures of a phase by the compiler's schedule, by kernels' rate. `peak` is the whole mesh's, in FLOP/s."""
+    seconds = {name: plan.seconds(chip, rate) for name, rate in RATES.items()}
+    work = {"with recomputation": flops["compiled"]}
+    work |= {"without recomputation": flops["useful"]} if "useful" in flops else {}
+    return {
+        "seconds": seconds,
+        "hidden": {name: plan.hidden(chip, rate) for name, rate in RATES.items()},
+        "utilisation": {
+            name: {which: count / peak / by_kind["total"] for which, count in work.items() if by_kind["total"]}
+            for name, by_kind in seconds.items()
+        },
+        "costliest": plan.costliest(chip),
+    }
 
 
 def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
@@ -183,32 +223,58 @@ def table(result: dict[str, Any]) -> str:
     axes = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     hbm = result["hbm_bytes"] / GIB
     lines = [f"{result['topology']}: {result['devices']} devices ({axes}), {hbm:.2f} GiB each", ""]
-    sizes, seconds = result["bytes_per_device"], result["seconds_per_iteration"]
-
-    def block(title: str, columns: dict[str, dict[str, float]], scale: float = 1.0) -> None:
-        widths = [max(12, len(phase) + 2) for phase in columns]
-        lines.append(f"{title:<24}" + "".join(f"{phase:>{width}}" for phase, width in zip(columns, widths)))
-        for row in dict.fromkeys(row for column in columns.values() for row in column):
-            cells = (f"{c[row] / scale:.5g}" if c.get(row) is not None else "-" for c in columns.values())
-            lines.append(f"  {row:<22}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
-        lines.append("")
-
-    block("GiB a device", sizes, GIB)
-    block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()})
+    lines += _block("GiB a device", result["bytes_per_device"], GIB)
+    lines += _block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()})
     flops = result["flops_per_iteration"]
-    block("PFLOP an iteration", {k: {n: v[n] for n in v if n != "ratio"} for k, v in flops.items()}, 1e15)
-    block("", {k: {"compiled / expected": v.get("ratio")} for k, v in flops.items()})
+    lines += _block("PFLOP an iteration", {k: {n: v[n] for n in v if n != "ratio"} for k, v in flops.items()}, 1e15)
+    lines += _block("", {k: {"compiled / expected": v.get("ratio")} for k, v in flops.items()})
     moved = result["collectives"]
-    block("collectives", {p: {k: v["count"] for k, v in moved[p].items()} for p in moved})
-    block("GiB received a device", {p: {k: v["bytes"] for k, v in moved[p].items()} for p in moved}, GIB)
-    block("seconds at best", seconds)
+    lines += _block("collectives", {p: {k: v["count"] for k, v in moved[p].items()} for p in moved})
+    lines += _block("GiB received a device", {p: {k: v["bytes"] for k, v in moved[p].items()} for p in moved}, GIB)
+    seconds, phases = result["seconds_per_iteration"], result["schedule"]
+    lines += _block("seconds at best", seconds)
+    lines += _schedule_lines(phases) if phases else []
     if result["fits"]:
         lines.append(
             f"fits; an iteration takes at least {sum(max(s.values()) for s in seconds.values()):.3f} s: {BOUND}"
         )
     else:
         lines.append("does not fit")
+    if phases and result["fits"]:
+        by_rate = ", ".join(
+            f"{sum(s['seconds'][rate]['total'] for s in phases.values()):.3f} s at {rate}" for rate in RATES
+        )
+        lines.append(f"by the schedule it takes, with kernels at so much of peak, {by_rate}: {SCHEDULE}")
     return "\n".join(lines + [f"- {note}" for note in result["notes"]])
+
+
+def _schedule_lines(phases: dict[str, Any]) -> list[str]:
+    """The figures of `_scheduled`, and the costliest operations of the phases whose useful work is known."""
+    middle = str(schedule.RATE)
+    lines = _block("seconds by the schedule", {phase: s["seconds"][middle] for phase, s in phases.items()})
+    lines += _block("", {phase: {"transfers, hidden": s["hidden"][middle]} for phase, s in phases.items()})
+    for rate in RATES:
+        lines += _block(f"of peak, kernels at {rate}", {phase: s["utilisation"][rate] for phase, s in phases.items()})
+    for phase, s in phases.items():
+        if "without recomputation" not in s["utilisation"][middle]:
+            continue
+        lines.append(f"costliest of {phase:<14}{'share':>8}{'seconds':>12}{'times':>12}{'cycles':>12}")
+        for i in s["costliest"]:
+            scope = [part for part in i["scope"].split("/")[1:] if part not in ("while", "body", "closed_call")]
+            about = f"{i['place'] or '-'} {'/'.join(scope)}"
+            figures = f"{i['share']:>8.1%}{i['seconds']:>12.4g}{i['times']:>12.5g}{i['cycles']:>12.5g}"
+            lines.append(f"  {i['kind']:<25}{figures}  {i['name']}: {about}")
+        lines.append("")
+    return lines
+
+
+def _block(title: str, columns: Mapping[str, Mapping[str, float | None]], scale: float = 1.0) -> list[str]:
+    widths = [max(12, len(phase) + 2) for phase in columns]
+    lines = [f"{title:<24}" + "".join(f"{phase:>{width}}" for phase, width in zip(columns, widths))]
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        cells = (f"{value / scale:.5g}" if (value := c.get(row)) is not None else "-" for c in columns.values())
+        lines.append(f"  {row:<22}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+    return [*lines, ""]
 
 
 def find_parts(settings: Settings, architecture: str) -> Parts:
@@ -237,7 +303,7 @@ def main(_):  # noqa: D103
     if _SMALLEST.value:
         result["smallest"] = {kind: smallest(settings, parts, kind) for kind in chips.CHIPS}
     elif not result["fits"]:
-        kind = _TOPOLOGY.value.partition(":")[0]
+        _, kind, _ = chips.parse(_TOPOLOGY.value)
         result["smallest"] = {kind: smallest(settings, parts, kind, beyond=chips.size(_TOPOLOGY.value))}
     if "smallest" in result:
         print("smallest slices that fit:", ", ".join(f"{v or f'no {k}'}" for k, v in result["smallest"].items()))

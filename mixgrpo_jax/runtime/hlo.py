@@ -4,11 +4,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+ACROSS = "across slices"  # of a TPU's: what one slice's chips send to another's, through their hosts
 CALLS = ("fusion", "call", "async-start", "custom-call")
 
 Shape = tuple[str, tuple[int, ...]]  # element type, sizes
@@ -16,6 +17,8 @@ Shape = tuple[str, tuple[int, ...]]  # element type, sizes
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+# A TPU's asynchronous fusions repeat a collective in each product that hides it and at its end. It starts at flag -1.
+_STEP = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
 _LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}|/\*.*?\*/")
 
 
@@ -39,8 +42,13 @@ class Cost:
 
     @property
     def moved(self) -> float:
-        """Bytes that the device receives in all collectives."""
-        return sum(size for _, size in self.collectives.values())
+        """Bytes that the device receives in all collectives inside its slice."""
+        return sum(size for kind, (_, size) in self.collectives.items() if kind != ACROSS)
+
+    @property
+    def across(self) -> float:
+        """Bytes that the device receives from other slices."""
+        return self.collectives.get(ACROSS, (0.0, 0.0))[1]
 
 
 class Instruction(NamedTuple):
@@ -89,23 +97,46 @@ def cost(text: str, shares: Sequence[float] = (), kernel: Callable[[str, list[Sh
 
     Raises ValueError for a loop without a constant trip count, or other conditionals than `shares` are given for.
     """
+
+    def join(scope: Computation, costs: list[Cost]) -> Cost:
+        return sum(costs, Cost())
+
+    def one(i: Instruction, called: list[Cost]) -> Cost:
+        return sum(called, own(i, kernel))
+
+    return unroll(text, shares, one, join, lambda branch: (branch.flops, branch.moved))
+
+
+def unroll(
+    text: str,
+    shares: Sequence[float],
+    one: Callable[[Instruction, list[Any]], Any],
+    join: Callable[[Computation, list[Any]], Any],
+    weight: Callable[[Any], Any],
+) -> Any:
+    """A value of a whole module, whose values can be multiplied by how often they run: see `cost`.
+
+    one: (an instruction, values of the computations that it calls) -> its value; loops and conditionals aside.
+    join: (a computation, values of its instructions) -> its value.
+    weight: of a conditional's branches, the one that weighs most is taken.
+    """
     computations, entry = parse(text)
     gates: list[float] = []
 
-    def walk(name: str) -> Cost:
+    def walk(name: str) -> Any:
         scope = computations[name]
-        return sum((one(i, scope) for i in scope.values()), Cost())
+        return join(scope, [value(i, scope) for i in scope.values()])
 
-    def one(i: Instruction, scope: Computation) -> Cost:
+    def value(i: Instruction, scope: Computation) -> Any:
         if i.opcode == "while":
             return walk(_called(i, "body")[0]) * _trip_count(i, scope, computations)
         if i.opcode == "conditional":
             gates.append(shares[len(gates)] if len(gates) < len(shares) else 1.0)
             share = gates[-1]
-            branches = [walk(n) for n in _called(i, "branch_computations", "true_computation", "false_computation")]
-            return max(branches, key=lambda branch: (branch.flops, branch.moved)) * share
-        own = _own(i, kernel)
-        return sum(map(walk, _called(i, "calls", "to_apply", "called_computations")), own) if i.opcode in CALLS else own
+            branches = _called(i, "branch_computations", "true_computation", "false_computation")
+            return max(map(walk, branches), key=weight) * share
+        names = _called(i, "calls", "to_apply", "called_computations") if i.opcode in CALLS else []
+        return one(i, [walk(name) for name in names])
 
     total = walk(entry)
     if shares and len(gates) != len(shares):
@@ -136,10 +167,15 @@ def group_size(attributes: str) -> int:
     return 1
 
 
-def _own(i: Instruction, kernel: Callable | None) -> Cost:
+def own(i: Instruction, kernel: Callable | None) -> Cost:
+    """Cost of an instruction without what it calls."""
     kind = i.opcode.removesuffix("-start")
     if kind in KINDS:
+        if _STEP.search(i.attributes):
+            return Cost()
         return Cost(collectives={kind: (1, _received(kind, _bytes(i.operands), group_size(i.attributes)))})
+    if i.opcode == "recv" and "xla_megascale_runtime" in i.attributes:
+        return Cost(collectives={ACROSS: (1, _across(i))})
     if i.opcode == "custom-call" and kernel:
         flops = kernel(i.name, i.operands)
     elif i.opcode in ("dot", "convolution"):
@@ -155,6 +191,15 @@ def _received(kind: str, operands: float, n: int) -> float:
         return operands
     times = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
     return times * operands
+
+
+def _across(i: Instruction) -> float:
+    """Bytes that a device receives at least from other slices: all that it is sent, or of a sum its part, twice."""
+    size, target = _bytes(i.result[:1]), re.search(r'_xla_megascale_target="\{([\d,:]*)\}', i.attributes)
+    if not target or '_xla_megascale_transfer_type="ALL_REDUCE"' not in i.attributes:
+        return size
+    ranges = [[int(end) for end in part.split(":")] for part in target[1].split(",")]
+    return _received("all-reduce", size, sum(ends[-1] - ends[0] + 1 for ends in ranges))
 
 
 def _dot(i: Instruction) -> float:
