@@ -34,7 +34,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.engine.programs import decode_chunks, idle, prefix_rows
+from mixgrpo_jax.engine.programs import decode_chunks, idle, prefix_rows, rollout_fsdp
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
@@ -167,7 +167,14 @@ def _scheduled(plan: schedule.Schedule, chip: chips.Chip, flops: dict[str, float
 
 def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
     """What of a config sits badly on a mesh, and what is not among the phases."""
-    found = idle(settings, mesh)
+    found, batch, ways = idle(settings, mesh), settings.batch, meshes.batch_ways(mesh)
+    rows = prefix_rows(settings.planner.layout, batch, mesh)
+    computed = rows if rows % ways == 0 else rows * ways
+    if batch.shared_noise and computed > batch.prompts:
+        found.append(
+            f"a group shares its prefix, and {batch.prompts} prompts do not keep data x fsdp = {ways} at work on it: "
+            f"{1 - batch.prompts / computed:.0%} of what devices compute there, others compute too"
+        )
     rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
     if rest := [name for name in rewards if name not in phases]:
         found.append(f"not counted: rewards {', '.join(rest)}")
@@ -298,6 +305,7 @@ def main(_):  # noqa: D103
     mesh = slice_mesh(settings, _TOPOLOGY.value)
     print(settings.arithmetic(meshes.batch_ways(mesh)))
     print(compiler.describe(mesh.devices.flat))
+    print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
     result = estimate(settings, parts, _TOPOLOGY.value)
     print(table(result))
     if _SMALLEST.value:

@@ -25,7 +25,7 @@ from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
-from mixgrpo_jax.engine.programs import idle, make_programs
+from mixgrpo_jax.engine.programs import idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
@@ -117,6 +117,7 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainSta
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
         print(settings.arithmetic(meshes.batch_ways(mesh)))
         print(compiler.describe(mesh.devices.flat))
+        print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
         for note in idle(settings, mesh):
             print("WARNING:", note)
     programs = make_programs(settings, parts, trainable, mesh)

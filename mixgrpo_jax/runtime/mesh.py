@@ -80,6 +80,12 @@ def with_fsdp(mesh: Mesh, fsdp: int) -> Mesh:
     return Mesh(mesh.devices.reshape(data, fsdp, old // fsdp, *rest), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
+def describe(mesh: Mesh, rollout_fsdp: int) -> str:
+    """A mesh in words."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"mesh of {mesh.size} devices: {axes}; in rollouts, parameters in fsdp={rollout_fsdp} parts"
+
+
 def path_name(path: tuple) -> str:
     """A tree path as text: ('blocks', 'kernel') -> "blocks/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
