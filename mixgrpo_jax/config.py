@@ -262,6 +262,20 @@ class Saves:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Which iterations are traced by JAX's profiler, into the folder profile/ of the workdir.
+
+    start: the first of them, from 1; 0 traces none. iterations: so many.
+    """
+
+    start: int = _number(0, at_least=0)
+    iterations: int = _number(1, at_least=1)
+
+    def __post_init__(self):
+        _check_numbers(self, "profile")
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """How a small policy is made from scratch.
 
@@ -393,6 +407,7 @@ def base() -> Section:
             rollout_tolerance=1e-2,  # likewise, of what the rollout's program and the update's disagree by
             evaluation=_fields(Evaluation, "evaluation"),
             checkpoint=_fields(Saves, "checkpoint"),
+            profile=_fields(Profile, "profile"),
             pretrain=_fields(Pretrain, "pretrain"),
         )
     )
@@ -425,6 +440,7 @@ class Settings:
     averages: Mapping[str, Average]
     evaluation: Evaluation
     checkpoint: Saves
+    profile: Profile
     pretrain: Pretrain
     rewards: Mapping[str, float] = field(default_factory=dict)
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -519,6 +535,7 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
         averages=_averages(config),
         evaluation=Evaluation(**config.evaluation),
         checkpoint=Saves(**config.checkpoint),
+        profile=Profile(**config.profile),
         pretrain=Pretrain(**config.pretrain),
         rewards=dict(config.rewards),
         terms=dict(config.terms),

@@ -4,7 +4,7 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
-checkpoints/, before_after.png and rewards.png.
+checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
 
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
-    for iteration in progress:
+    profile = settings.profile
+    for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
         timer, done = metrics.PhaseTimer(), iteration + 1
 
         with timer("rollout"):

@@ -138,7 +138,9 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
     def draw_samples(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
         ids = jnp.arange(rows) // (rows // batch.prompts if batch.shared_noise else 1)
-        params = attach(*(_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"])))
+        with jax.named_scope("lighten"):
+            own = (_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"]))
+            params = attach(*own)
         return rollout(
             functools.partial(policy.velocity, params),
             plan,
