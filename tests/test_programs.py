@@ -27,6 +27,9 @@ def test_samples_that_do_not_divide_over_the_devices_are_named():
     assert note.startswith("the 12 samples of an update do not divide over data x fsdp = 8: every device computes all")
     assert note.endswith("or mesh.tensor=-1 beside mesh.fsdp=-1, for data x fsdp = 4")
     assert idle(configs.resolve(config), eight(fsdp=4, tensor=2)) == []
+    config.evaluation.batch = 2
+    (note,) = idle(configs.resolve(config), eight(fsdp=4, tensor=2))
+    assert note.startswith("evaluation.batch=2 does not divide over data x fsdp = 4: every device draws all of it")
 
 
 def test_rollouts_cut_parameters_no_further_than_memory_asks(monkeypatch):

@@ -96,6 +96,11 @@ def idle(settings: Settings, mesh: Any) -> list[str]:
                 f"them. Choose batch.prompts, group and updates so that {ways} divides them, or mesh.tensor=-1 beside "
                 f"mesh.fsdp=-1, for data x fsdp = {common}"
             )
+    if (size := settings.evaluation.batch) % ways:
+        found.append(
+            f"evaluation.batch={size} does not divide over data x fsdp = {ways}: every device draws all of it. Choose "
+            "a multiple"
+        )
     return found
 
 
