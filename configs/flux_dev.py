@@ -23,7 +23,7 @@ def get_config():
     config.data.name = "features"
     config.data.folder = "data/flux_dev"
     config.batch.prompts, config.batch.group = 32, 12
-    config.batch.updates, config.batch.micro_batch = 4, 32  # one sample a device and pass
+    config.batch.updates, config.batch.micro_batch, config.batch.decode = 4, 1, 1
     config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 25, 4, 25
     config.rewards = dict(hps=1.0, image_reward=1.0, pickscore=1.0)
     config.watched = ()
@@ -33,7 +33,7 @@ def get_config():
         image_reward=dict(weights="checkpoints/ImageReward.pt", tokenizer="checkpoints/bert-base-uncased"),
         pickscore=dict(clip, weights="checkpoints/PickScore_v1", normalise="mixgrpo"),
     )
-    config.mesh.fsdp, config.mesh.data = -1, 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, -1  # 96 samples an update do not divide by 64
     config.evaluation.prompts, config.evaluation.batch = 64, 32
     config.evaluation.num_steps, config.evaluation.shift = 50, 0.0
     config.averages.ema.decay, config.evaluation.average = 0.0, ""  # the paper keeps none

@@ -15,7 +15,7 @@ def get_config():
     config = configs.load("mixgrpo", __file__, "flux_dev")
     config.model.image_size = (1024, 1024)
     config.model.lora.rank, config.model.lora.alpha = 64, 128.0
-    config.batch.prompts, config.batch.micro_batch = 16, 16
+    config.batch.prompts = 16
     config.optimizer.learning_rate = 3e-4
     config.checkpoint.every = 10
     return config

@@ -2,7 +2,7 @@
 # What the launch scripts share: options, dry runs, and how a run is installed and started on TPU VMs. Sourced, not run.
 
 # shellcheck disable=SC2034 # the scripts read what `options` sets
-name='' zone='' project='' type='' version='' config='' workdir='' cache=/tmp/jax_cache spot='' log='' delete=''
+name='' zone='' project='' type='' version='' config='' workdir='' cache=/tmp/jax_cache slices=1 spot='' log='' delete=''
 source=$(dirname "${BASH_SOURCE[0]}")/.. # a checkout, or a git URL
 dry_run=''
 extra=() # what comes after --: flags for the training command
@@ -68,9 +68,26 @@ run() { if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi; }
 # tpu KIND VERB ARGUMENT...: a command about the TPU VM or queued resource of this name.
 tpu() { run gcloud compute tpus "$1" "$2" "$name" --zone="$zone" ${project:+--project="$project"} "${@:3}"; }
 
+# The nodes of a queued resource: one of its name, or of several slices one each, numbered.
+nodes() {
+  local slice
+  if ((slices == 1)); then
+    echo "$name"
+  else
+    for ((slice = 0; slice < slices; slice++)); do echo "$name-$slice"; done
+  fi
+}
+
 scp_tpu() { run gcloud compute tpus tpu-vm scp --zone="$zone" ${project:+--project="$project"} "$@"; }
 
-on_workers() { tpu tpu-vm ssh --worker="$1" --command="$2"; } # on_workers WHICH COMMAND
+# on_workers WHICH COMMAND: 0 is the first worker of the first node, all are all workers of all nodes.
+on_workers() {
+  local node
+  for node in $(nodes); do
+    name=$node tpu tpu-vm ssh --worker="$1" --command="$2" || return
+    [[ $1 == all ]] || return 0
+  done
+}
 
 follow() { on_workers 0 'tail -n 100 -F train.log'; }
 
@@ -85,13 +102,13 @@ runtime_version() {
 
 # Puts the package on every worker, in a virtual environment of its own: the images' Python may be too old.
 install() {
-  local archive=/tmp/mixgrpo_jax.tar.gz unpack
+  local archive=/tmp/mixgrpo_jax.tar.gz unpack node
   if [[ $source == *://* || $source == git@* ]]; then
     unpack="if test -d mixgrpo_jax; then git -C mixgrpo_jax pull --quiet --ff-only
 else git clone --quiet --depth 1 $(quoted "$source") mixgrpo_jax; fi"
   else
     run git -C "$source" archive --format=tar.gz --output="$archive" HEAD || return
-    scp_tpu "$archive" "$name:$archive" --worker=all || return
+    for node in $(nodes); do scp_tpu "$archive" "$node:$archive" --worker=all || return; done
     unpack="mkdir -p mixgrpo_jax && tar -xzf $archive -C mixgrpo_jax"
   fi
   on_workers all "set -e

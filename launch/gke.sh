@@ -14,12 +14,14 @@
 #   --image=IMAGE             container image in which mixgrpo_jax[tpu] is installed, and configs/ is in the working folder
 #   --accelerator=LABEL       of the nodes: tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice
 #   --topology=TOPOLOGY       of the slice, 4x4 or 4x4x4
+#   --slices=N                of that topology, by default 1: with mesh.data a multiple of N, they train together over the
+#                             data-centre network; each needs a node pool of its own
 #   --chips=N                 of one node, by default 4
 #   --spot                    use spot nodes
 #   --restarts=N              of the whole slice, by default 20
 #   --config=FILE --workdir=DIRECTORY   of the run
 #   --cache=DIRECTORY         of compiled programs, JAX_COMPILATION_CACHE_DIR; by default /tmp/jax_cache in the pod
-#   --log                     follow the first pod's log
+#   --log                     follow the first slice's first pod's log
 #   --delete                  delete the JobSet
 #   --dry-run                 print the command with the filled-in manifest, and run nothing
 #   -- FLAGS                  for the training command: -- --config.iterations=10
@@ -28,13 +30,14 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 namespace='' image='' accelerator='' topology='' chips=4 restarts=20
-options "name namespace image accelerator topology chips restarts config workdir cache" "spot log delete" "$@"
+options "name namespace image accelerator topology slices chips restarts config workdir cache" "spot log delete" "$@"
 need name
 
 kube() { run kubectl ${namespace:+--namespace="$namespace"} "$@"; }
 
-nodes() {
+pods() { # of a slice
   local all
+  [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices is no count"
   [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology=$topology is none: give one like 4x4x4"
   [[ $chips =~ ^[1-9][0-9]*$ ]] || die "--chips=$chips is no count: give the chips of a node"
   all=$((${topology//x/*}))
@@ -49,7 +52,7 @@ json() { # as a JSON string, which is YAML too
 
 manifest() {
   local text arguments argument count
-  count=$(nodes) || return
+  count=$(pods) || return
   arguments=$(json --config="$config"),
   arguments+=$(json --workdir="$workdir")
   for argument in "${extra[@]}"; do arguments+=,$(json "$argument"); done
@@ -60,6 +63,7 @@ manifest() {
   text=${text//@TOPOLOGY@/"$topology"}
   text=${text//@CHIPS@/"$chips"}
   text=${text//@NODES@/"$count"}
+  text=${text//@SLICES@/"$slices"}
   text=${text//@RESTARTS@/"$restarts"}
   text=${text//@CACHE@/"$(json "$cache")"}
   text=${text//@ARGUMENTS@/"$arguments"}
@@ -70,7 +74,7 @@ manifest() {
 if [[ $delete ]]; then
   kube delete jobset "$name"
 elif [[ $log ]]; then
-  kube logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+  kube logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 else
   need image accelerator topology config workdir
   filled=$(manifest)

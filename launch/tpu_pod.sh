@@ -14,6 +14,8 @@
 #   --name=NAME --zone=ZONE   of the queued resource and of its node
 #   --project=PROJECT         by default gcloud's own
 #   --type=TYPE               accelerator, e.g. v5p-64
+#   --slices=N                of that type, by default 1: with mesh.data a multiple of N, they train together over the
+#                             data-centre network. One that is lost takes the others along
 #   --version=VERSION         runtime image, by default the type's
 #   --spot                    ask for spot capacity
 #   --config=FILE --workdir=DIRECTORY   of the run
@@ -32,15 +34,18 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 retries=20 poll=60 keep=''
-options "name zone project type version config workdir source cache retries poll" "spot keep log delete" "$@"
+options "name zone project type version config workdir source cache retries poll slices" "spot keep log delete" "$@"
 need name zone
+[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices is no count"
 
 describe() { tpu queued-resources describe --format='value(state.state)'; }
 
 state() { describe 2>/dev/null || true; } # empty where there is none
 
 request() {
-  tpu queued-resources create --node-id="$name" --accelerator-type="$type" \
+  local ids=(--node-id="$name")
+  ((slices == 1)) || ids=(--node-count="$slices" --node-prefix="$name")
+  tpu queued-resources create "${ids[@]}" --accelerator-type="$type" \
     --runtime-version="${version:-$(runtime_version)}" ${spot:+--spot}
 }
 

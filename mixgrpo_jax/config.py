@@ -141,7 +141,9 @@ class Mesh:
     """Devices by axis; -1 takes what is left.
 
     data: samples. fsdp: samples, and a part of each parameter. context: tokens of a sample, and a part of each
-    parameter. tensor: heads and features. rollout_fsdp: parts of each parameter in rollouts; None is fsdp's.
+    parameter. tensor: heads and features. Where one of data and fsdp is -1, and tensor is, the first takes as many as
+    the samples of an update divide over, and tensor the rest. rollout_fsdp: parts of each parameter in rollouts; None
+    is the fewest that fit, see `engine.programs.rollout_fsdp`.
     """
 
     data: int = _number(-1, at_least=-1)
@@ -163,8 +165,8 @@ class BatchSizes:
     prompts: of an iteration.
     group: samples a prompt.
     updates: optimiser steps an iteration.
-    micro_batch: samples a forward and backward pass, over all devices.
-    decode: samples decoded at a time, at most, over all devices; the host scores them meanwhile.
+    micro_batch: samples of each device in a forward and backward pass, at most, see `share`.
+    decode: samples of each device that are decoded at a time, at most; the host scores them meanwhile.
     shared_noise: whether a group starts from one noise, and shares its prefix.
     """
 
@@ -257,6 +259,20 @@ class Saves:
 
     def __post_init__(self):
         _check_numbers(self, "checkpoint")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which iterations are traced by JAX's profiler, into the folder profile/ of the workdir.
+
+    start: the first of them, from 1; 0 traces none. iterations: so many.
+    """
+
+    start: int = _number(0, at_least=0)
+    iterations: int = _number(1, at_least=1)
+
+    def __post_init__(self):
+        _check_numbers(self, "profile")
 
 
 @dataclass(frozen=True)
@@ -391,6 +407,7 @@ def base() -> Section:
             rollout_tolerance=1e-2,  # likewise, of what the rollout's program and the update's disagree by
             evaluation=_fields(Evaluation, "evaluation"),
             checkpoint=_fields(Saves, "checkpoint"),
+            profile=_fields(Profile, "profile"),
             pretrain=_fields(Pretrain, "pretrain"),
         )
     )
@@ -423,6 +440,7 @@ class Settings:
     averages: Mapping[str, Average]
     evaluation: Evaluation
     checkpoint: Saves
+    profile: Profile
     pretrain: Pretrain
     rewards: Mapping[str, float] = field(default_factory=dict)
     terms: Mapping[str, float] = field(default_factory=dict)
@@ -438,9 +456,18 @@ class Settings:
         return self.batch.prompts * self.select.kept(self.batch.group)
 
     @property
-    def passes(self) -> int:
+    def update_samples(self) -> int:
+        """Samples of an update."""
+        return self.trained_samples // self.batch.updates
+
+    def micro_batch(self, ways: int = 1) -> int:
+        """Samples of a forward and backward pass on all devices, over `ways` of which an update's are spread."""
+        whole = ways if self.update_samples % ways == 0 else 1
+        return whole * share(self.update_samples, self.batch.micro_batch, ways)
+
+    def passes(self, ways: int = 1) -> int:
         """Forward and backward passes an update."""
-        return self.trained_samples // self.batch.updates // self.batch.micro_batch * self.planner.num_trained
+        return self.update_samples // self.micro_batch(ways) * self.planner.num_trained
 
     @property
     def roles(self) -> frozenset[str]:
@@ -452,15 +479,28 @@ class Settings:
         """Whether the parameters before training are needed: as a reference, or to sample the later steps."""
         return "base" in self.roles or self.evaluation.trained_steps is not None
 
-    def arithmetic(self) -> str:
-        """The numbers that users get wrong, in words."""
+    def arithmetic(self, ways: int = 1) -> str:
+        """The numbers that users get wrong, in words, where samples are spread over `ways` devices."""
         batch, planner = self.batch, self.planner
         stochastic = sum(segment.steps for segment in planner.layout if segment.sde)
         return (
             f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates "
-            f"of {self.trained_samples // batch.updates} samples x {planner.num_trained} steps in {self.passes} passes "
-            f"of {batch.micro_batch}; {planner.num_steps} steps, {stochastic} stochastic, {planner.num_trained} trained"
+            f"of {self.update_samples} samples x {planner.num_trained} steps in {self.passes(ways)} passes "
+            f"of {self.micro_batch(ways)}; {planner.num_steps} steps, {stochastic} stochastic, {planner.num_trained} "
+            "trained"
         )
+
+
+def share(samples: int, at_most: int, ways: int) -> int:
+    """Samples that each of `ways` devices takes at a time: the largest divisor of its part of all that is `at_most`.
+
+    Where samples do not divide over the devices, every one has all of them.
+
+    >>> share(96, 4, ways=16), share(96, 4, ways=32), share(96, 4, ways=64)
+    (3, 3, 4)
+    """
+    own = samples // ways if samples % ways == 0 else samples
+    return max(n for n in range(1, min(own, at_most) + 1) if own % n == 0)
 
 
 def resolve(config: ml_collections.ConfigDict) -> Settings:
@@ -495,6 +535,7 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
         averages=_averages(config),
         evaluation=Evaluation(**config.evaluation),
         checkpoint=Saves(**config.checkpoint),
+        profile=Profile(**config.profile),
         pretrain=Pretrain(**config.pretrain),
         rewards=dict(config.rewards),
         terms=dict(config.terms),
@@ -553,7 +594,6 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
 def _check_sizes(settings: Settings) -> None:
     batch, trained = settings.batch, settings.trained_samples
     _divides("batch.updates", batch.updates, "trained samples an iteration", trained)
-    _divides("batch.micro_batch", batch.micro_batch, "samples an update", trained // batch.updates)
     if batch.shared_noise and not any(segment.sde and segment.steps for segment in settings.planner.layout):
         raise ConfigError(
             f"batch.shared_noise=True with plan.name={settings.config.plan.name!r}: the plan has no stochastic step, "

@@ -31,10 +31,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.config import Settings
+from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.engine.programs import decode_chunks, prefix_rows
+from mixgrpo_jax.engine.programs import decode_chunks, idle, prefix_rows, rollout_fsdp
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
@@ -43,12 +43,10 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.samples import Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
-from mixgrpo_jax.runtime import chips, hlo, schedule
+from mixgrpo_jax.runtime import chips, compiler, hlo, schedule
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
-# With it on, libtpu 0.0.42.1 aborts on FLUX.1's sharded update for a tpu7x; for v6e the program is as large either way.
-LIBTPU_INIT_ARGS = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=false"
 BOUND = (
     "the largest of compute, memory and interconnect in each phase, at full utilisation: peak bf16 products, the "
     "operands and results of products once through memory, all links of a device busy, nothing overlapped between "
@@ -89,7 +87,7 @@ def slice_mesh(settings: Settings, topology: str) -> Any:
     """The config's mesh over a slice's devices. Raises ValueError where it does not fill them."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU's compiler is not installed: pip install 'mixgrpo_jax[tpu]'")
-    return meshes.make_mesh(settings.config.mesh, slice_devices(topology))
+    return meshes.make_mesh(settings.config.mesh, slice_devices(topology), settings.update_samples)
 
 
 def host_mesh(topology: str) -> Any:
@@ -169,13 +167,14 @@ def _scheduled(plan: schedule.Schedule, chip: chips.Chip, flops: dict[str, float
 
 def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
     """What of a config sits badly on a mesh, and what is not among the phases."""
-    batch, ways, found = settings.config.batch, meshes.batch_ways(mesh), []
-    for name, size in (("batch.micro_batch", batch.micro_batch), ("batch.prompts * batch.group", settings.samples)):
-        if size % ways:
-            found.append(
-                f"{name}={size} does not divide over data x fsdp = {ways}: every device computes all of it. Choose a "
-                f"multiple, or a larger mesh.tensor (now {mesh.shape['tensor']})"
-            )
+    found, batch, ways = idle(settings, mesh), settings.batch, meshes.batch_ways(mesh)
+    rows = prefix_rows(settings.planner.layout, batch, mesh)
+    computed = rows if rows % ways == 0 else rows * ways
+    if batch.shared_noise and computed > batch.prompts:
+        found.append(
+            f"a group shares its prefix, and {batch.prompts} prompts do not keep data x fsdp = {ways} at work on it: "
+            f"{1 - batch.prompts / computed:.0%} of what devices compute there, others compute too"
+        )
     rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
     if rest := [name for name in rewards if name not in phases]:
         found.append(f"not counted: rewards {', '.join(rest)}")
@@ -192,10 +191,12 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
         steps.append("adapters (model.lora.rank=64)")
     if phase == "update" and config.model.remat != "block":
         steps.append("model.remat='block'")
-    if phase == "update" and config.batch.micro_batch > ways:
-        steps.append(f"a smaller batch.micro_batch (now {config.batch.micro_batch}; {ways} is a sample a device)")
-    if phase == "decode" and config.batch.decode > ways:
-        steps.append(f"a smaller batch.decode (now {config.batch.decode}; {ways} is a sample a device)")
+    for program, field, size in (
+        ("update", "micro_batch", share(settings.update_samples, config.batch.micro_batch, ways)),
+        ("decode", "decode", share(settings.samples, config.batch.decode, ways)),
+    ):
+        if phase == program and size > 1:
+            steps.append(f"a smaller batch.{field} (now {size} samples a device)")
     if phase in ("rollout", "decode") and settings.samples > ways:
         steps.append(f"fewer batch.prompts (now {settings.samples // ways} samples a device)")
     return f"{phase} does not fit; what helps: " + "; ".join(steps)
@@ -295,14 +296,16 @@ def find_parts(settings: Settings, architecture: str) -> Parts:
 def main(_):  # noqa: D103
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or the TPU's library asks the cloud which TPU this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or it refuses where another process has loaded it
-    os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
     jax.config.update("jax_platforms", "cpu")
     config = _CONFIG.value
     if config.model.attention == "auto":
         config.model.attention = "splash"  # what it is on a TPU
     settings = configs.resolve(config)
     parts = find_parts(settings, _ARCHITECTURE.value)
-    print(settings.arithmetic())
+    mesh = slice_mesh(settings, _TOPOLOGY.value)
+    print(settings.arithmetic(meshes.batch_ways(mesh)))
+    print(compiler.describe(mesh.devices.flat))
+    print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
     result = estimate(settings, parts, _TOPOLOGY.value)
     print(table(result))
     if _SMALLEST.value:

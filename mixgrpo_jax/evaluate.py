@@ -23,7 +23,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores."""
     settings = configs.resolve(config)
     text = config.data.name != "features"
-    parts, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh), text=text)
+    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    parts, policy, trainable, frozen = load_policy(settings, mesh, text=text)
     trained, source = restore_trained(settings, parts, workdir, trainable.params)
     held_out = HeldOut(settings, policy, load_rewards(settings), trainable.attach)
     images, scores = held_out.assess(trained, frozen)

@@ -37,7 +37,8 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    parts, policy, trainable, frozen = load_policy(settings, meshes.make_mesh(config.mesh))
+    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    parts, policy, trainable, frozen = load_policy(settings, mesh)
     trained, source = restore_trained(settings, parts, workdir, trainable.params)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()

@@ -4,7 +4,7 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
-checkpoints/, before_after.png and rewards.png.
+checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
-from mixgrpo_jax.engine.programs import make_programs
+from mixgrpo_jax.engine.programs import idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import distributed, metrics, report
+from mixgrpo_jax.runtime import compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.tasks import load_task
@@ -46,7 +46,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     if "://" in str(workdir):
         raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
     settings = configs.resolve(config)
-    mesh, workdir = meshes.make_mesh(config.mesh), pathlib.Path(workdir)
+    mesh, workdir = meshes.make_mesh(config.mesh, samples=settings.update_samples), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     saves = settings.checkpoint
     # The mesh is set for the attention kernels that are placed by hand. A run that fails finishes the save under way.
@@ -64,7 +64,8 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
 
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
-    for iteration in progress:
+    profile = settings.profile
+    for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
         timer, done = metrics.PhaseTimer(), iteration + 1
 
         with timer("rollout"):
@@ -116,7 +117,11 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, T
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
-        print(settings.arithmetic())
+        print(settings.arithmetic(meshes.batch_ways(mesh)))
+        print(compiler.describe(mesh.devices.flat))
+        print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
+        for note in idle(settings, mesh):
+            print("WARNING:", note)
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
     return parts, collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)

@@ -5,7 +5,46 @@ import optax
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.engine.programs import make_optimiser
+from mixgrpo_jax.engine.programs import idle, make_optimiser, rollout_fsdp
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.families import Parts
+from mixgrpo_jax.models.flux.policy import FAMILY
+from mixgrpo_jax.runtime import chips
+from mixgrpo_jax.runtime import mesh as meshes
+
+
+def eight(**sizes):
+    """A mesh for what is never run: eight times the same device."""
+    shape = [sizes.get(axis, 1) for axis in meshes.AXES]
+    return jax.sharding.Mesh(np.array(jax.devices()[:1] * 8).reshape(shape), meshes.AXES)
+
+
+def test_samples_that_do_not_divide_over_the_devices_are_named():
+    config = configs.base()  # 96 samples, 24 an update
+    assert idle(configs.resolve(config), eight(data=2, fsdp=4)) == []
+    config.batch.updates = 8
+    (note,) = idle(configs.resolve(config), eight(fsdp=8))
+    assert note.startswith("the 12 samples of an update do not divide over data x fsdp = 8: every device computes all")
+    assert note.endswith("or mesh.tensor=-1 beside mesh.fsdp=-1, for data x fsdp = 4")
+    assert idle(configs.resolve(config), eight(fsdp=4, tensor=2)) == []
+    config.evaluation.batch = 2
+    (note,) = idle(configs.resolve(config), eight(fsdp=4, tensor=2))
+    assert note.startswith("evaluation.batch=2 does not divide over data x fsdp = 4: every device draws all of it")
+
+
+def test_rollouts_cut_parameters_no_further_than_memory_asks(monkeypatch):
+    config, mesh, parts = configs.base(), eight(fsdp=8), Parts(FAMILY, {"transformer": flux.flux_small()})
+    config.data.name = "features"
+
+    def chosen(memory, **changes):
+        monkeypatch.setattr(chips, "memory", lambda device: memory)
+        config.mesh.update(changes)
+        return rollout_fsdp(configs.resolve(config), parts, mesh)
+
+    assert chosen(None) == 8  # on a CPU
+    found = [chosen(memory) for memory in np.geomspace(1e6, 1e9, 40)]
+    assert found == sorted(found, reverse=True) and set(found) == {8, 4, 2, 1}
+    assert chosen(1e9, rollout_fsdp=4) == 4 and chosen(1e6) == 4
 
 
 @pytest.mark.parametrize(("warmup", "final", "expected"), [(0, 1.0, [1, 1, 1, 1]), (2, 0.0, [0.5, 1, 1, 0.5])])

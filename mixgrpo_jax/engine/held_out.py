@@ -16,7 +16,7 @@ from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime import compiler, distributed
 from mixgrpo_jax.tasks import load_task
 
 
@@ -31,7 +31,6 @@ def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], 
     orders = plans.solver_orders(options.solver_order, options.num_steps)
     switch = options.num_steps if options.trained_steps is None else options.trained_steps
 
-    @jax.jit
     def draw(trained, frozen, cond, noise):
         x, base = noise, frozen["base"]
         for params, steps in ((attach(trained, base), slice(0, switch)), (base, slice(switch, options.num_steps))):
@@ -41,7 +40,7 @@ def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], 
                 x = rollout.integrate(velocity, grid, x, cond, orders=orders[steps], solver=options.solver)
         return policy.decode(frozen, x)
 
-    return draw
+    return jax.jit(draw, compiler_options=compiler.options(jax.devices()))
 
 
 class Assessment(NamedTuple):

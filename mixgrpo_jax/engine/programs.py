@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -11,17 +12,19 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import BatchSizes, Optimizer, Settings
+from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.plans import Layout
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
+from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.models.trainable import Trainable
+from mixgrpo_jax.models.trainable import Trainable, trainable_shapes
 from mixgrpo_jax.rl import select
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
-from mixgrpo_jax.rl.update import MakeRoles, init_state, make_update
+from mixgrpo_jax.rl.update import MakeRoles, TrainState, init_state, make_update
+from mixgrpo_jax.runtime import chips, compiler
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import compilations
 
@@ -59,20 +62,20 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
     chunks = decode_chunks(settings.samples, settings.batch.decode, meshes.batch_ways(mesh))
     sampled = rollout_places(settings, mesh)
 
-    optimiser = make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
-    fresh = functools.partial(init_state, optimiser=optimiser, averages=settings.averages)
+    fresh = _fresh(settings)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), parts.family.rules, mesh)
+    jit: Any = functools.partial(jax.jit, compiler_options=compiler.options(mesh.devices.flat))
     return Programs(
-        init=jax.jit(fresh, out_shardings=place, donate_argnums=(0,)),
-        features=jax.jit(policy.features, out_shardings=meshes.batch_sharding(mesh, settings.batch.prompts)),
-        rollout=jax.jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
-        decode=jax.jit(
+        init=jit(fresh, out_shardings=place, donate_argnums=(0,)),
+        features=jit(policy.features, out_shardings=meshes.batch_sharding(mesh, settings.batch.prompts)),
+        rollout=jit(make_rollout(settings, parts, trainable.attach, mesh), out_shardings=sampled),
+        decode=jit(
             functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
             out_shardings=meshes.batch_sharding(mesh, chunks.shape[1]),
         ),
         # The state must leave as it came: in another layout, it would compile both programs again.
-        update=jax.jit(
-            _make_update(settings, policy, trainable.attach, optimiser),
+        update=jit(
+            _make_update(settings, policy, trainable.attach, meshes.batch_ways(mesh)),
             donate_argnums=(0,),
             out_shardings=(place, whole),
         ),
@@ -82,17 +85,32 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
     )
 
 
+def idle(settings: Settings, mesh: Any) -> list[str]:
+    """What of a config leaves devices of a mesh without work of their own, and what would help."""
+    ways, found = meshes.batch_ways(mesh), []
+    for what, size in (("an iteration", settings.samples), ("an update", settings.update_samples)):
+        if size % ways:
+            common = math.gcd(size, ways)
+            found.append(
+                f"the {size} samples of {what} do not divide over data x fsdp = {ways}: every device computes all of "
+                f"them. Choose batch.prompts, group and updates so that {ways} divides them, or mesh.tensor=-1 beside "
+                f"mesh.fsdp=-1, for data x fsdp = {common}"
+            )
+    if (size := settings.evaluation.batch) % ways:
+        found.append(
+            f"evaluation.batch={size} does not divide over data x fsdp = {ways}: every device draws all of it. Choose "
+            "a multiple"
+        )
+    return found
+
+
 def decode_chunks(samples: int, at_most: int, ways: int) -> np.ndarray:
-    """Which samples are decoded together, [n, b]: an equal share of those that each of `ways` devices holds.
+    """Which samples are decoded together, [n, b]: so many of those that each of `ways` devices holds, see `share`.
 
-    The largest b that fits: at most `at_most`, or one sample a device.
-
-    >>> decode_chunks(8, 4, ways=2).tolist()
+    >>> decode_chunks(8, 2, ways=2).tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
-    ways = ways if samples % ways == 0 else 1
-    own = samples // ways
-    size = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * ways <= at_most))
+    size, ways = share(samples, at_most, ways), ways if samples % ways == 0 else 1
     return np.arange(samples).reshape(ways, -1, size).swapaxes(0, 1).reshape(-1, ways * size)
 
 
@@ -119,13 +137,15 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
     policy = parts.family.make(parts, settings.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch, layout = settings.batch, settings.planner.layout
     rows = prefix_rows(layout, batch, mesh)
-    dtype, parts_of_each = jnp.dtype(settings.model.dtype), settings.mesh.rollout_fsdp
-    light = None if parts_of_each is None else meshes.with_fsdp(mesh, parts_of_each)
+    dtype, cut = jnp.dtype(settings.model.dtype), rollout_fsdp(settings, parts, mesh)
+    light = None if cut == mesh.shape["fsdp"] else meshes.with_fsdp(mesh, cut)
 
     def draw_samples(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
         ids = jnp.arange(rows) // (rows // batch.prompts if batch.shared_noise else 1)
-        params = attach(*(_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"])))
+        with jax.named_scope("lighten"):
+            own = (_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"]))
+            params = attach(*own)
         return rollout(
             functools.partial(policy.velocity, params),
             plan,
@@ -140,16 +160,54 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
     return draw_samples
 
 
+def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
+    """Parts of each parameter in rollouts: `mesh.rollout_fsdp`, or the fewest with which a device's memory suffices.
+
+    The copy that a rollout reads lies beside the training's state and the other models; beside two blocks' parameters,
+    as they are gathered; and beside activations, which are counted as three of a block's widest for all samples of the
+    device. A tenth of the memory is left. Where the memory is not known, as on a CPU, the parts are fsdp's.
+    """
+    fsdp, memory = mesh.shape["fsdp"], chips.memory(mesh.devices.flat[0])
+    if settings.mesh.rollout_fsdp is not None or memory is None or fsdp == 1:
+        return settings.mesh.rollout_fsdp or fsdp
+    rules, dtype, lora = parts.family.rules, jnp.dtype(settings.model.dtype), settings.model.lora
+
+    def held(tree: Any, mesh: Any = mesh) -> float:
+        return meshes.bytes_per_device(meshes.placed(tree, meshes.shardings(tree, rules, mesh)))
+
+    master = jnp.dtype(jnp.bfloat16 if lora.rank else settings.optimizer.dtype)
+    params = families.shapes(parts, text=settings.data.name != "features", dtype=master)
+    made = trainable_shapes(parts, params.pop("transformer"), lora, settings.keep_base)
+    state = jax.eval_shape(_fresh(settings), made.params)
+    copy = jax.eval_shape(functools.partial(_cast, dtype), (made.params, made.base if lora.rank else None))
+    leaves = jax.tree_util.tree_leaves_with_path(copy)
+    blocks = [leaf for path, leaf in leaves if "blocks/" in meshes.path_name(path)]
+    widest = max(max(leaf.shape[1:], default=1) for leaf in blocks)
+    gathered = 2 * sum(leaf.size // len(leaf) * leaf.dtype.itemsize for leaf in blocks)
+    policy, ways = parts.family.make(parts, settings.model), meshes.batch_ways(mesh)
+    samples = settings.samples // ways if settings.samples % ways == 0 else settings.samples
+    positions = samples * (policy.latent_shape[0] + settings.model.text_length) / mesh.shape["context"]
+    activations = 3 * positions * widest / mesh.shape["tensor"] * dtype.itemsize
+    left = 0.9 * memory - held(state) - held(params) - held(made.base) - gathered - activations
+    divisors = (n for n in range(1, fsdp) if fsdp % n == 0)
+    return next((n for n in divisors if held(copy, meshes.with_fsdp(mesh, n)) <= left), fsdp)
+
+
 def _lighten(params: Any, dtype: Any, rules: Rules, mesh: Any) -> Any:
-    """Parameters as a rollout reads them, made once an iteration: kernels and biases, which every step would cast to
-    the products' dtype, are cast, and where a mesh is given, every leaf is gathered to its layout there."""
+    """Parameters as a rollout reads them, made once an iteration: `_cast`, and where a mesh is given, every leaf
+    gathered to its layout there."""
+    params = _cast(dtype, params)
+    return params if mesh is None else jax.lax.with_sharding_constraint(params, meshes.shardings(params, rules, mesh))
+
+
+def _cast(dtype: Any, params: Any) -> Any:
+    """Parameters whose kernels and biases, which every step would cast to the products' dtype, are cast."""
 
     def cast(path, leaf):
         read = meshes.path_name(path).endswith(("kernel", "bias")) and leaf.dtype == jnp.float32
         return leaf.astype(dtype) if read else leaf
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return params if mesh is None else jax.lax.with_sharding_constraint(params, meshes.shardings(params, rules, mesh))
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def prefix_rows(layout: Layout, batch: BatchSizes, mesh: Any) -> int:
@@ -181,14 +239,22 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
     return roles
 
 
-def _make_update(settings: Settings, policy: Policy, attach: Any, optimiser: Any) -> Any:
+def _optimiser(settings: Settings) -> optax.GradientTransformation:
+    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
+
+
+def _fresh(settings: Settings) -> Callable[[Any], TrainState]:
+    return functools.partial(init_state, optimiser=_optimiser(settings), averages=settings.averages)
+
+
+def _make_update(settings: Settings, policy: Policy, attach: Any, ways: int) -> Any:
     update = make_update(
         settings.objective,
         make_roles(settings, policy.velocity, attach),
-        optimiser,
+        _optimiser(settings),
         Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens),
         num_updates=settings.batch.updates,
-        micro_batch=settings.batch.micro_batch,
+        micro_batch=settings.micro_batch(ways),
         averages=settings.averages,
         key=jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 2),  # apart from every iteration's
     )

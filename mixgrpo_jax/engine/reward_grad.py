@@ -10,6 +10,7 @@ from jax import Array, lax
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import weighted
+from mixgrpo_jax.runtime import compiler
 from mixgrpo_jax.runtime import mesh as meshes
 
 
@@ -46,7 +47,11 @@ class RewardGrad:
             return jax.tree.map(join, lax.map(one, jax.tree.map(split, (x0, inputs))))
 
         by_sample: Any = meshes.batch_sharding(mesh, count)
-        self._program = jax.jit(reward_grad, out_shardings=(meshes.replicated(mesh), by_sample))
+        self._program = jax.jit(
+            reward_grad,
+            out_shardings=(meshes.replicated(mesh), by_sample),
+            compiler_options=compiler.options(mesh.devices.flat),
+        )
 
     def __call__(
         self, frozen: Any, x0: Array, prompts: list[str], metadata: list[dict]

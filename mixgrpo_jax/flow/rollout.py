@@ -87,11 +87,12 @@ def rollout(
     executed, used, rows = jnp.int32(0), jnp.int32(0), []
     state = _State(x.astype(jnp.float32), solvers.empty_history(x))
     sizes = plans.leaves_below(layout), plans.nodes(layout, len(x), len(ids))
-    for segment, steps, leaves, nodes in zip(layout, plan.segments, *sizes):
+    for number, (segment, steps, leaves, nodes) in enumerate(zip(layout, plan.segments, *sizes)):
         state = _repeat(state, nodes // len(state.x))
         address = ids[:: len(ids) // nodes] // leaves
         own = _repeat(cond, nodes // len(steps.taken))
-        state, recorded = run_segment(velocity, segment, steps, state, own, key, address, sampler)
+        with jax.named_scope(f"segment_{number}_{'sde' if segment.sde else 'ode'}"):  # as profiles show it
+            state, recorded = run_segment(velocity, segment, steps, state, own, key, address, sampler)
         rows += [recorded] if recorded is not None else []
         taken = segment.steps if segment.record else jnp.max(steps.taken, initial=0)
         executed += jnp.asarray(taken * nodes, jnp.int32)

@@ -169,7 +169,8 @@ def make_update(
         before: dict[str, int] = {}
         own = _counted(_row_by_row(roles(state.params, state.averages, frozen), micro_batch), before)
         everything = _samples(batch, plan, jnp.arange(count), near=True)
-        batch = batch._replace(extra=batch.extra | objective.prepare(own, everything, keys, tools))
+        with jax.named_scope("prepare"):
+            batch = batch._replace(extra=batch.extra | objective.prepare(own, everything, keys, tools))
 
         loss = _make_loss(
             objective, lambda params, averages: roles(params, averages, frozen), tools, batch, plan, keys, micro_batch
@@ -178,7 +179,8 @@ def make_update(
 
         def accumulate(carry: Any, element: Any) -> Any:
             params, averages, total = carry
-            (_, aux), gradients = gradient(params, averages, *element)
+            with jax.named_scope("loss"):
+                (_, aux), gradients = gradient(params, averages, *element)
             return (params, averages, jax.tree.map(jnp.add, total, gradients)), aux
 
         def apply(state: TrainState, index: Array) -> Any:
@@ -194,9 +196,10 @@ def make_update(
             weight = weight[::each].sum()  # every place has the same
             weight = jnp.where(weight > 0, weight, 1)
             gradients = jax.tree.map(lambda g: g / (weight * each), total)
-            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-            params = apply_updates(state.params, updates, jax.random.fold_in(key, state.step))
-            moved = _moved(averages, "update", state.averages, params, state.step)
+            with jax.named_scope("optimiser"):
+                updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+                params = apply_updates(state.params, updates, jax.random.fold_in(key, state.step))
+                moved = _moved(averages, "update", state.averages, params, state.step)
             metrics = {
                 name: _over_places(name, name in objective.on_policy, m.reshape(-1, each), weight)
                 for name, m in sums.items()

@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+import jax
+
 from mixgrpo_jax.runtime.metrics import PEAK_FLOPS
 
 
@@ -38,6 +40,17 @@ CHIPS = {
     "v6e": Chip(PEAK_FLOPS["TPU v6 lite"], 1.75 * GHZ, 31.24 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, SQUARES),
     "tpu7x": Chip(PEAK_FLOPS["TPU7x"], 2.2 * GHZ, 94.74 * GIB, 3690 * GB, 300 * GB, 6.25 * GB, CUBES),
 }
+
+
+# What `jax.Device.device_kind` calls them.
+NAMES = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def memory(device: jax.Device) -> float | None:
+    """Bytes of a device that a program may fill, of a TPU that is not here too; None on a CPU."""
+    if name := NAMES.get(device.device_kind):
+        return CHIPS[name].hbm
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
 
 
 def parse(topology: str) -> tuple[int, str, str]:

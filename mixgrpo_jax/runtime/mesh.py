@@ -27,20 +27,44 @@ def virtual_devices(count: int) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, samples: int | None = None
+) -> Mesh:
     """A mesh with axes data, fsdp, context, tensor, of size 1 where `sizes` does not say.
 
-    One size may be -1: it takes the devices that the others leave. Raises ValueError for sizes that do not fill them.
+    One size may be -1: it takes the devices that the others leave. Where tensor is -1 beside data or fsdp, that one
+    takes as many as `samples` divide over, and tensor the rest. On several slices data spans them, and the other axes
+    stay inside one.
+
+    Raises:
+      ValueError: sizes that do not fill the devices, or a size of data that is no multiple of the slices.
     """
     devices = list(devices or jax.devices())
     shape = [sizes.get(axis, 1) for axis in AXES]
+    if shape.count(-1) == 2 and shape[3] == -1 and samples:
+        left = len(devices) // int(np.prod(shape))
+        ways = max(1, -shape[0] * shape[1])
+        fits = (n for n in range(left, 0, -1) if left % n == 0 and samples % (n * ways) == 0)
+        shape[shape.index(-1)] = next(fits, left)
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // max(1, -int(np.prod(shape)))
     if min(shape) < 1 or np.prod(shape) != len(devices):
         asked = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
         raise ValueError(f"mesh {asked} does not fill {len(devices)} devices; set one axis to -1 to fill")
+    # GPUs number their hosts so, and any axis may span them.
+    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
+    slices = slices if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh.data={shape[0]} is no multiple of the {slices} slices, which no other axis spans: choose "
+            f"mesh.data={slices}"
+        )
     # A slice's own axes may have to be split: tensor=2 of v5p's 4x4x4, say.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices > 1:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -54,6 +78,12 @@ def with_fsdp(mesh: Mesh, fsdp: int) -> Mesh:
         raise ValueError(f"mesh.rollout_fsdp={fsdp} does not divide mesh.fsdp={old}: choose a divisor")
     axes = (*AXES[:2], "copies", *AXES[2:])
     return Mesh(mesh.devices.reshape(data, fsdp, old // fsdp, *rest), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def describe(mesh: Mesh, rollout_fsdp: int) -> str:
+    """A mesh in words."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"mesh of {mesh.size} devices: {axes}; in rollouts, parameters in fsdp={rollout_fsdp} parts"
 
 
 def path_name(path: tuple) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,12 +53,30 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a block; its results must be ready when it ends, or the next phase pays for them."""
         start = time.perf_counter()
-        yield
+        with jax.profiler.TraceAnnotation(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         """The seconds, as `time/PHASE`."""
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+
+
+def traced(iterations: Iterable[int], folder: str | pathlib.Path, start: int, count: int) -> Iterator[int]:
+    """The iterations, of which `count` from `start` (from 1; 0 is none) are traced by JAX's profiler into a folder."""
+    tracing = False
+    try:
+        for iteration in iterations:
+            if start and not tracing and start <= iteration + 1 < start + count:
+                jax.profiler.start_trace(str(folder))
+                tracing = True
+            yield iteration
+            if tracing and iteration + 2 == start + count:
+                jax.profiler.stop_trace()
+                tracing = False
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:

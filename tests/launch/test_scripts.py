@@ -316,3 +316,21 @@ def test_a_host_that_fails_stops_the_others(world):
     result = world.run("hosts.sh", "--hosts=gpu1,gpu2", f"--folder={home}", *RUN, FAILS="1")
     assert result.returncode == 2 and "ended with status 6" in result.stderr
     assert time.monotonic() - started < 55
+
+
+def test_several_slices_are_one_request_and_every_node_runs(world):
+    world.answers(
+        ("queued-resources describe", 1, ""), ("queued-resources describe", 0, "ACTIVE"), ("train.exit\\ 2", 0, "0")
+    )
+    result = world.run("tpu_pod.sh", *SCRIPTS["tpu_pod.sh"], "--slices=2", "--dry-run", *FLAGS)
+    assert result.returncode == 0, result.stderr
+    commands = result.stdout
+    assert "create mix --zone=z --node-count=2 --node-prefix=mix --accelerator-type=v5p-64" in commands
+    assert "--node-id" not in commands
+    for node in ("mix-0", "mix-1"):
+        assert f"{node}:/tmp/mixgrpo_jax.tar.gz --worker=all" in commands
+        assert commands.count(f"tpu-vm ssh {node} ") == 2  # it installs, and starts
+    assert "replicas: 2" in world.run("gke.sh", *SCRIPTS["gke.sh"], "--slices=2", "--dry-run").stdout
+    for script in ("tpu_pod.sh", "gke.sh"):
+        result = world.run(script, *SCRIPTS[script], "--slices=two")
+        assert result.returncode == 2 and "--slices=two is no count" in result.stderr

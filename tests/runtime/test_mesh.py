@@ -51,6 +51,49 @@ def test_sizes_must_fill_the_devices():
         meshes.make_mesh({"data": 1, "fsdp": 3, "tensor": 1})
 
 
+def tpus(count, slices=1):
+    """Chips of v5e slices, in a row each."""
+    return [
+        SimpleNamespace(
+            id=i,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            coords=(i % (count // slices), 0, 0),
+            core_on_chip=0,
+            process_index=i // 4,
+            slice_index=i // (count // slices),
+        )
+        for i in range(count)
+    ]
+
+
+def arranged(monkeypatch, *args):
+    monkeypatch.setattr(meshes, "Mesh", lambda grid, axes, axis_types: grid)
+    return meshes.make_mesh(*args)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "samples", "shape"),
+    [
+        (dict(fsdp=-1, tensor=-1), 96, (1, 8, 1, 1)),
+        (dict(fsdp=-1, tensor=-1), 12, (1, 4, 1, 2)),
+        (dict(data=2, fsdp=-1, tensor=-1), 12, (2, 2, 1, 2)),
+        (dict(data=-1, tensor=-1), 3, (1, 1, 1, 8)),
+        (dict(data=-1), 3, (8, 1, 1, 1)),
+    ],
+)
+def test_tensor_takes_what_samples_do_not_divide_over(monkeypatch, sizes, samples, shape):
+    assert arranged(monkeypatch, sizes, tpus(8), samples).shape == shape
+
+
+def test_data_alone_spans_slices(monkeypatch):
+    grid = arranged(monkeypatch, dict(data=4, fsdp=2, tensor=2), tpus(16, slices=2))
+    by_data = [{device.slice_index for device in row.flat} for row in grid]
+    assert by_data == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match=r"mesh.data=1 is no multiple of the 2 slices, .* choose mesh.data=2"):
+        arranged(monkeypatch, dict(fsdp=-1), tpus(16, slices=2))
+
+
 def test_a_shorter_fsdp_keeps_the_devices_in_their_order():
     mesh = SimpleNamespace(devices=np.arange(16).reshape(2, 4, 1, 2))
     with pytest.raises(ValueError, match=r"mesh.rollout_fsdp=3 does not divide mesh.fsdp=4: choose a divisor"):

@@ -88,3 +88,20 @@ def test_a_grid_shows_each_prompt_beside_its_pictures(tmp_path, monkeypatch):
     assert not any(axis.images for axis in [*axes[:, 0], *axes[:, 3], *axes[1, 4:]])
     with Image.open(tmp_path / "grid.png") as file:
         assert file.size == pytest.approx(figures[0].get_size_inches() * 130, abs=1)
+
+
+def test_the_iterations_asked_for_are_traced(monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics.jax.profiler, "start_trace", lambda folder: seen.append(folder))
+    monkeypatch.setattr(metrics.jax.profiler, "stop_trace", lambda: seen.append("stop"))
+
+    def run(start, count):
+        seen.clear()
+        for iteration in metrics.traced(range(2, 6), "profile", start, count):
+            seen.append(iteration + 1)
+        return list(seen)
+
+    assert run(0, 9) == [3, 4, 5, 6]
+    assert run(4, 2) == [3, "profile", 4, 5, "stop", 6]
+    assert run(1, 3) == ["profile", 3, "stop", 4, 5, 6]  # of a run that goes on from its second
+    assert run(6, 3) == [3, 4, 5, "profile", 6, "stop"]

@@ -29,8 +29,8 @@ config.model.folder, config.model.lora.rank = folder, int(rank)
 config.one_step_off_policy = bool(int(off_policy))
 config.iterations, config.checkpoint.every = 3, 2
 config.mesh.data, config.mesh.fsdp = 2, -1
-config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 4, 2, 8
-config.batch.decode = 8
+config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 4, 2, 1
+config.batch.decode = 1
 config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 3, 1, 1
 config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 6, 2
 config.rewards, config.watched = dict(colour=1.0), ("ocr",)

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mixgrpo_jax.models.nn import products
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
 from mixgrpo_jax.models.nn.attention import Backend as Backend
 from mixgrpo_jax.models.nn.attention import attention as attention
 from mixgrpo_jax.models.nn.attention import form as form
+from mixgrpo_jax.models.nn.remat import PRODUCT
 
 Turns = tuple[jax.Array, jax.Array]  # what rotates queries and keys, see `rotary`
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -38,18 +40,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d_in] -> [..., d_out], in x's dtype."""
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-    def tokens_last(self, x: jax.Array) -> jax.Array:
-        """[B, S, d_in] -> [B, d_out, S], in x's dtype."""
-        y = products.tokens_last(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[:, None]
+        return self.joined(x)
 
     def joined(self, *parts: jax.Array) -> jax.Array:
         """The layer of the parts' concatenation along the last axis, which is not made."""
         y = products.joined(parts, self.kernel[...].astype(parts[0].dtype))
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PRODUCT)
+
+    def tokens_last(self, x: jax.Array) -> jax.Array:
+        """[B, S, d_in] -> [B, d_out, S], in x's dtype."""
+        y = products.tokens_last(x, self.kernel[...].astype(x.dtype))
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype)[:, None], PRODUCT)
 
 
 class RMSNorm(nnx.Module):

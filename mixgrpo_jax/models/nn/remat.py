@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 ATTENTION = "attention"  # the name that attention gives to its residuals
+PRODUCT = "product"  # that a linear layer gives to its output
 
 _named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
@@ -18,7 +19,7 @@ def _attention(primitive: Any, *args: Any, **params: Any) -> Any:
 POLICIES: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        _attention, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        _attention, jax.checkpoint_policies.save_only_these_names(PRODUCT)
     ),
     "attention": _attention,
     "block": jax.checkpoint_policies.nothing_saveable,
