@@ -42,7 +42,8 @@ def gathered(block: Any, dtype: Any, reduce_dtype: Any) -> Any:
         name = "blocks/" + "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         spec = next((spec for regex, spec in RULES if re.search(regex, name)), P(None))
         axes = [(a,) if isinstance(a, str) else a or () for a in spec[1:]]
-        cut = tuple(dividing(mesh, a, size) for a, size in zip(axes, leaf.shape))
+        used = (dividing(mesh, a, size) for a, size in zip(axes, leaf.shape))
+        cut = tuple(tuple(axis for axis in a if mesh.shape[axis] > 1) for a in used)
         kernel, read = name.endswith("kernel/value"), re.search("(kernel|bias)/value$", name)
         own = dtype if read and leaf.dtype == jnp.float32 else leaf.dtype
         if kernel and mesh.shape.get("tensor", 1) == 1 and leaf.dtype in (jnp.float32, jnp.bfloat16):
