@@ -59,13 +59,36 @@ def test_xla_is_the_equation(scale):
     np.testing.assert_allclose(attention(q, k, v, scale=scale), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 77, 128, 129, 511, 512, 513, 600, 1100, 2537, 4608])
+@pytest.mark.parametrize("length", [1, 77, 128, 129, 511, 512, 513, 600, 1100, 2537, 2688, 4608])
 def test_tiles_cover_the_sequence_with_little_padding(length):
+    def padded(block):
+        return -(-length // block) * block
+
     block = block_size(length)
-    tiles = -(-length // block)
-    assert block % module.LANES == 0 and block <= module.MAX_BLOCK
-    assert tiles == -(-length // module.MAX_BLOCK)
-    assert tiles * block - length < tiles * module.LANES
+    assert block % module.LANES == 0 and block <= max(module.BLOCKS)
+    assert padded(block) - length < max(module.LANES, length / 3)
+    assert padded(block) == padded(module.LANES) or padded(block) == min(map(padded, module.BLOCKS))
+
+
+@pytest.mark.parametrize("tokens_last", [False, True], ids=["features last", "tokens last"])
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_padding_is_no_key(interpreted, backend, tokens_last):
+    q, k, v = inputs = rows(130)
+    expected = values_and_gradients((q, k[:, :77], v[:, :77]))
+    turned = [np.moveaxis(x, 1, 3) if tokens_last else x for x in inputs]
+    y, *gradients = values_and_gradients(turned, length=77, tokens_last=tokens_last, backend=backend)
+    gradients = [np.moveaxis(x, 3, 1) if tokens_last else x for x in gradients]
+    assert not any(x[:, 77:].any() for x in gradients[1:])
+    for found, value in zip([y, gradients[0], gradients[1][:, :77], gradients[2][:, :77]], expected):
+        assert distance(found, value) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "tokens, backend, expected",
+    [(2537, "splash", (2560, True)), (77, "splash", (128, True)), (2537, "xla", (2537, False))],
+)
+def test_the_kernel_s_own_form(tokens, backend, expected):
+    assert module.form(tokens, jnp.bfloat16, backend) == expected
 
 
 @pytest.mark.parametrize(
