@@ -60,7 +60,9 @@ def attention(
     tokens = dividing(mesh, TOKEN_AXES, q.shape[1])  # each row attends to all: keys and values are gathered
     rows, whole, output = P(batch, tokens, heads), P(batch, None, heads), P(batch, tokens, heads)
     # A Pallas call does not say over which axes its result varies, so that check is off.
-    return jax.shard_map(on_device, in_specs=(rows, whole, whole), out_specs=output, check_vma=False)(q, k, v)
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    placed = jax.shard_map(on_device, in_specs=(rows, whole, whole), out_specs=output, axis_names=left, check_vma=False)
+    return placed(q, k, v)
 
 
 def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias: Any, scale: float) -> jax.Array:
