@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.flow.kernels import by_sample
 from mixgrpo_jax.flow.plans import Plan
@@ -172,16 +173,25 @@ def make_update(
         with jax.named_scope("prepare"):
             batch = batch._replace(extra=batch.extra | objective.prepare(own, everything, keys, tools))
 
-        loss = _make_loss(
-            objective, lambda params, averages: roles(params, averages, frozen), tools, batch, plan, keys, micro_batch
-        )
-        gradient = jax.value_and_grad(loss, has_aux=True)
+        def accumulate(
+            params: Any, averages: Any, frozen: Any, batch: Batch, plan: Plan, keys: Array, elements: Any, first: Array
+        ) -> Any:
+            """Sums over micro-batches: of gradients, and by micro-batch of metrics, weights and evaluations."""
+            size = elements[0].shape[-1] if not of_group else micro_batch
+            bound = lambda params, averages: roles(params, averages, frozen)  # noqa: E731
+            loss = _make_loss(objective, bound, tools, batch, plan, keys, size, first)
+            gradient = jax.value_and_grad(loss, has_aux=True)
 
-        def accumulate(carry: Any, element: Any) -> Any:
-            params, averages, total = carry
-            with jax.named_scope("loss"):
-                (_, aux), gradients = gradient(params, averages, *element)
-            return (params, averages, jax.tree.map(jnp.add, total, gradients)), aux
+            def one(total: Any, element: Any) -> Any:
+                with jax.named_scope("loss"):
+                    (_, aux), gradients = gradient(params, averages, *element)
+                return jax.tree.map(jnp.add, total, gradients), aux
+
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            return lax.scan(one, zeros, elements)
+
+        ways = _apart(batch, plan, 1 if of_group else micro_batch)
+        total_of = _by_part(accumulate, objective, ways, count) if ways > 1 else accumulate
 
         def apply(state: TrainState, index: Array) -> Any:
             params = state.params
@@ -190,8 +200,8 @@ def make_update(
                 elements = (index.T.reshape(1, -1) if of_group else index), jnp.zeros(1 if of_group else len(index))
             else:
                 elements = jnp.repeat(index, places, axis=0), jnp.tile(jnp.arange(places), len(index))
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            (_, _, total), (sums, weight, evaluations) = lax.scan(accumulate, (params, state.averages, zeros), elements)
+            given = params, state.averages, frozen, batch, plan, keys, elements
+            total, (sums, weight, evaluations) = total_of(*given, jnp.int32(0))
             each = 1 if spans else places
             weight = weight[::each].sum()  # every place has the same
             weight = jnp.where(weight > 0, weight, 1)
@@ -216,6 +226,37 @@ def make_update(
     return update
 
 
+def _apart(batch: Batch, plan: Plan, micro_batch: int) -> int:
+    """Parts of the mesh that add up gradients of their own until the end of an update: along data, where it divides
+    all that is cut."""
+    ways = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    sizes = [micro_batch, len(batch.weight), plan.train.shape[1], *(rows.x.shape[1] for rows in batch.rows)]
+    return ways if all(size % ways == 0 for size in sizes) else 1
+
+
+def _by_part(accumulate: Callable, objective: Objective, ways: int, count: int) -> Callable:
+    """`accumulate` where every part of the mesh along data has its own samples, and sums cross once, at the end."""
+
+    def part(params, averages, frozen, batch, plan, keys, elements, first):
+        first = lax.axis_index("data") * (count // ways)
+        index, places = elements
+        total, (sums, weight, evaluations) = accumulate(
+            params, averages, frozen, batch, plan, keys, (index - first, places), first
+        )
+        total, weight = jax.tree.map(lambda a: lax.psum(a, "data") / ways, (total, weight))
+        sums = {
+            name: lax.pmax(m, "data") if name in objective.on_policy else lax.psum(m, "data") / ways
+            for name, m in sums.items()
+        }
+        return total, (sums, weight, lax.psum(evaluations, "data"))
+
+    whole, first_axis, second_axis = P(), P("data"), P(None, "data")
+    cut: Any = Batch(first_axis, second_axis, second_axis, first_axis, first_axis, second_axis)  # type: ignore[arg-type]
+    plans: Any = Plan(whole, *[second_axis] * (len(Plan._fields) - 1))  # type: ignore[arg-type]
+    specs = whole, whole, whole, cut, plans, whole, (second_axis, whole), whole
+    return jax.shard_map(part, in_specs=specs, out_specs=whole, axis_names={"data"}, check_vma=False)
+
+
 def _make_loss(
     objective: Objective,
     roles: Callable[[Any, Mapping[str, Any]], Roles],
@@ -224,8 +265,11 @@ def _make_loss(
     plan: Plan,
     keys: Array,
     micro_batch: int,
+    first: Array,
 ) -> Callable[[Any, Any, Array, Array], tuple[Array, tuple[Metrics, Array, Array]]]:
     """`loss(params, averages, index [b], place) -> loss, (metrics, weight, evaluations [2])` of some samples.
+
+    `first` is the number, among all, of the batch's first sample.
 
     The loss, the metrics and the weight are sums over the samples, as a share of a micro-batch.
     """
@@ -236,9 +280,9 @@ def _make_loss(
         own = roles(params, averages)
         if spans:
             own = _row_by_row({name: jax.checkpoint(role) for name, role in own.items()}, micro_batch)
-            samples, drawn_by = _samples(batch, plan, index, near=not of_group), keys
+            samples, drawn_by = _samples(batch, plan, index, near=not of_group, first=first), keys
         else:
-            samples, drawn_by = _samples(batch, plan, index, place), keys[place]
+            samples, drawn_by = _samples(batch, plan, index, place, first=first), keys[place]
         value, metrics = objective(_counted(own, calls), samples, drawn_by, tools)
         value = value if spans else samples.step_weight * value
         sums = {
@@ -282,10 +326,13 @@ def count_evaluations(
     return sum(before.values()) + each * (sum(calls.values()) + spans * trained), each * trained
 
 
-def _samples(batch: Batch, plan: Plan, index: Array, place: Array | None = None, near: bool = True) -> Samples:
+def _samples(
+    batch: Batch, plan: Plan, index: Array, place: Array | None = None, near: bool = True, first: Array | int = 0
+) -> Samples:
     """The samples of an index [b] at a place, or without one at all n, on a leading axis.
 
-    `near` says that the r-th of them is in the r-th of b runs of the batch, on the device that has that run.
+    `first` is the number of the batch's first sample. `near` says that the r-th of them is in the r-th of b runs of the
+    batch, on the device that has that run.
     """
     count, prompts = len(batch.weight), plan.train.shape[1]
     group = index // (count // prompts)
@@ -310,7 +357,19 @@ def _samples(batch: Batch, plan: Plan, index: Array, place: Array | None = None,
     )
     alone = jax.tree.map(lambda a: take(a[None], 0), (batch.x0, batch.weight, batch.cond))
     x0, weight, cond = alone
-    return Samples(x0, rows, sigma, advantage, weight, step_weight, chunk, group, index, cond, extra)
+    return Samples(
+        x0,
+        rows,
+        sigma,
+        advantage,
+        weight,
+        step_weight,
+        chunk,
+        group + first // (count // prompts),
+        index + first,
+        cond,
+        extra,
+    )
 
 
 def _take(a: Array, row: Array, index: Array, count: int, near: bool) -> Array:

@@ -69,7 +69,9 @@ def attention(
     rows, whole = (P(batch, heads, None, t) if tokens_last else P(batch, t, heads) for t in (tokens, None))
     # A Pallas call does not say over which axes its result varies, so that check is off.
     inputs, output = (rows, whole, whole), P(batch, tokens, heads)
-    return jax.shard_map(on_device, in_specs=inputs, out_specs=output, check_vma=False)(q, k, v)
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    placed = jax.shard_map(on_device, in_specs=inputs, out_specs=output, axis_names=left, check_vma=False)
+    return placed(q, k, v)
 
 
 def form(tokens: int, dtype: jnp.dtype, backend: Backend) -> tuple[int, bool]:

@@ -54,6 +54,6 @@ def one_by_one(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.
 
 
 def dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Those of the axes that the mesh has, if together they divide size; else none."""
-    axes = tuple(axis for axis in axes if axis in mesh.shape)
+    """Those of the axes that the mesh has and the compiler is left, if together they divide size; else none."""
+    axes = tuple(axis for axis in axes if axis in mesh.shape and axis not in mesh.manual_axes)
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -135,7 +136,8 @@ def _summed(parts: Any, gradient: jax.Array, cut: Cut, dtype: Any) -> jax.Array:
         total, axes = own(parts, gradient), set(batch + tokens)
         for axis, names in enumerate(cut):
             if names and axes.issuperset(names):
-                total = jax.lax.psum_scatter(total, names, scatter_dimension=axis, tiled=True)
+                for name in names:
+                    total = _scattered(total, name, mesh.shape[name], axis)
                 axes -= set(names)
         return jax.lax.psum(total, tuple(sorted(axes))) if axes else total
 
@@ -144,6 +146,21 @@ def _summed(parts: Any, gradient: jax.Array, cut: Cut, dtype: Any) -> jax.Array:
         a for names in cut for a in names
     ):  # not every cut axis has samples of its own
         return jax.lax.with_sharding_constraint(own(parts, gradient), P(*cut))
-    return jax.shard_map(on_device, in_specs=(spread_over, spread_over), out_specs=P(*cut), check_vma=False)(
-        parts, gradient
-    )
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    given = dict(in_specs=(spread_over, spread_over), out_specs=P(*cut), axis_names=left, check_vma=False)
+    return jax.shard_map(on_device, **given)(parts, gradient)
+
+
+def _scattered(x: jax.Array, name: str, size: int, axis: int) -> jax.Array:
+    """The sum of x over a mesh axis, of which each device keeps its part along an array's axis.
+
+    In two steps, over groups far apart and then over neighbours: in one over many devices a TPU's compiler would have
+    every device receive the whole sum.
+    """
+    near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0) if size > 4 else size
+    devices = np.arange(size).reshape(-1, near)
+    for groups in (devices.T, devices):
+        if groups.shape[1] > 1:
+            whole = None if groups.shape[1] == size else groups.tolist()
+            x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, axis_index_groups=whole, tiled=True)
+    return x
