@@ -33,7 +33,7 @@ def get_config():
         image_reward=dict(weights="checkpoints/ImageReward.pt", tokenizer="checkpoints/bert-base-uncased"),
         pickscore=dict(clip, weights="checkpoints/PickScore_v1", normalise="mixgrpo"),
     )
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, -1  # 96 samples an update do not divide by 64
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, -1  # 96 samples an update do not divide by 64
     config.evaluation.prompts, config.evaluation.batch = 64, 32
     config.evaluation.num_steps, config.evaluation.shift = 50, 0.0
     config.averages.ema.decay, config.evaluation.average = 0.0, ""  # the paper keeps none

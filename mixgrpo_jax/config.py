@@ -141,9 +141,9 @@ class Mesh:
     """Devices by axis; -1 takes what is left.
 
     data: samples. fsdp: samples, and a part of each parameter. context: tokens of a sample, and a part of each
-    parameter. tensor: heads and features. Where one of data and fsdp is -1, and tensor is, the first takes as many as
-    the samples of an update divide over, and tensor the rest. rollout_fsdp: parts of each parameter in rollouts; None
-    is the fewest that fit, see `engine.programs.rollout_fsdp`.
+    parameter. tensor: heads and features. Where one of data and fsdp is -1, and one of context and tensor, the first
+    takes as many as the samples of an update divide over, and the second the rest. rollout_fsdp: parts of each
+    parameter in rollouts; None is the fewest that fit, see `engine.programs.rollout_fsdp`.
     """
 
     data: int = _number(-1, at_least=-1)

@@ -25,7 +25,7 @@ def test_samples_that_do_not_divide_over_the_devices_are_named():
     config.batch.updates = 8
     (note,) = idle(configs.resolve(config), eight(fsdp=8))
     assert note.startswith("the 12 samples of an update do not divide over data x fsdp = 8: every device computes all")
-    assert note.endswith("or mesh.tensor=-1 beside mesh.fsdp=-1, for data x fsdp = 4")
+    assert note.endswith("or mesh.context=-1 beside mesh.fsdp=-1, for data x fsdp = 4")
     assert idle(configs.resolve(config), eight(fsdp=4, tensor=2)) == []
     config.evaluation.batch = 2
     (note,) = idle(configs.resolve(config), eight(fsdp=4, tensor=2))

@@ -93,7 +93,7 @@ def idle(settings: Settings, mesh: Any) -> list[str]:
             common = math.gcd(size, ways)
             found.append(
                 f"the {size} samples of {what} do not divide over data x fsdp = {ways}: every device computes all of "
-                f"them. Choose batch.prompts, group and updates so that {ways} divides them, or mesh.tensor=-1 beside "
+                f"them. Choose batch.prompts, group and updates so that {ways} divides them, or mesh.context=-1 beside "
                 f"mesh.fsdp=-1, for data x fsdp = {common}"
             )
     if (size := settings.evaluation.batch) % ways:

@@ -32,16 +32,16 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes data, fsdp, context, tensor, of size 1 where `sizes` does not say.
 
-    One size may be -1: it takes the devices that the others leave. Where tensor is -1 beside data or fsdp, that one
-    takes as many as `samples` divide over, and tensor the rest. On several slices data spans them, and the other axes
-    stay inside one.
+    One size may be -1: it takes the devices that the others leave. Where context or tensor is -1 beside data or fsdp,
+    this one takes as many as `samples` divide over, and that one the rest. On several slices data spans them, and the
+    other axes stay inside one.
 
     Raises:
       ValueError: sizes that do not fill the devices, or a size of data that is no multiple of the slices.
     """
     devices = list(devices or jax.devices())
     shape = [sizes.get(axis, 1) for axis in AXES]
-    if shape.count(-1) == 2 and shape[3] == -1 and samples:
+    if shape.count(-1) == 2 and shape.index(-1) < 2 and samples:
         left = len(devices) // int(np.prod(shape))
         ways = max(1, -shape[0] * shape[1])
         fits = (n for n in range(left, 0, -1) if left % n == 0 and samples % (n * ways) == 0)

@@ -66,7 +66,7 @@ def test_tiles_cover_the_sequence_with_little_padding(length):
 
     block = block_size(length)
     assert block % module.LANES == 0 and block <= max(module.BLOCKS)
-    assert padded(block) - length < max(module.LANES, length / 3)
+    assert padded(block) - length < max(module.LANES, length / 2)
     assert padded(block) == padded(module.LANES) or padded(block) == min(map(padded, module.BLOCKS))
 
 

@@ -135,20 +135,22 @@ def _summed(parts: Any, gradient: jax.Array, cut: Cut, dtype: Any) -> jax.Array:
     def on_device(parts: Any, gradient: jax.Array) -> jax.Array:
         total, axes = own(parts, gradient), set(batch + tokens)
         for axis, names in enumerate(cut):
-            if names and axes.issuperset(names):
-                for name in names:
-                    total = _scattered(total, name, mesh.shape[name], axis)
-                axes -= set(names)
+            for name in names:  # devices that share samples have the same sums
+                part = _scattered if name in axes else _part
+                total = part(total, name, mesh.shape[name], axis)
+        axes -= {name for names in cut for name in names}
         return jax.lax.psum(total, tuple(sorted(axes))) if axes else total
 
     spread_over = P(batch, tokens) if tokens else P(batch)
-    if not set(batch + tokens).issuperset(
-        a for names in cut for a in names
-    ):  # not every cut axis has samples of its own
-        return jax.lax.with_sharding_constraint(own(parts, gradient), P(*cut))
     left = set(mesh.axis_names) - set(mesh.manual_axes)
     given = dict(in_specs=(spread_over, spread_over), out_specs=P(*cut), axis_names=left, check_vma=False)
     return jax.shard_map(on_device, **given)(parts, gradient)
+
+
+def _part(x: jax.Array, name: str, size: int, axis: int) -> jax.Array:
+    """Each device's part of x along an array's axis."""
+    length = x.shape[axis] // size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(name) * length, length, axis)
 
 
 def _scattered(x: jax.Array, name: str, size: int, axis: int) -> jax.Array:
