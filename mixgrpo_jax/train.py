@@ -165,7 +165,8 @@ def describe(
         metrics.means("reward", {name: values[name] for name in settings.rewards})
         | metrics.means("watched", {name: values[name] for name in settings.config.watched})
         | summarise(learned, settings.objective)
-        | {"advantage/abs_mean": np.abs(lesson.advantage).mean()}
+        | {"advantage/abs_mean": np.abs(metrics.scored(lesson.advantage)).mean()}
+        | {"advantage/missing": int(np.isnan(lesson.advantage).sum())}
     )
     if stochastic:  # where it begins first, of all prompts
         line |= {"window/start": int(stochastic[0][1].address[0].min())}

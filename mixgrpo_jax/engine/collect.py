@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What an iteration's scores teach: advantages of samples [B], and what the update is given of it."""
+    """What an iteration's scores teach: advantages of samples [B], NaN without a score, and what the update is given."""
 
     advantage: np.ndarray
     given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
@@ -87,19 +87,22 @@ class Collector:
         return Drawn(plan, batch, cond, sampled, images)
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        """Scores of the samples by every reward, on every process."""
-        score = functools.partial(score_chunks, self.rewards)
+        """Scores of the samples by every reward, on every process; NaN of a sample that could not be scored."""
+        config = self.settings.config
+        score = functools.partial(
+            score_chunks, self.rewards, missing_share=config.missing_share, wait=config.reward_wait
+        )
         return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
 
     def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
-        """Advantages, and which samples are trained on with them."""
+        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score."""
         settings, sampled = self.settings, drawn.sampled
         values = {name: score.value for name, score in scores.items()}
         advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
         by_group = advantage.reshape(settings.batch.prompts, -1)  # a group stands in a row
         index, weight = settings.select(by_group)
         everything = np.zeros(settings.samples, np.float32)
-        everything[index] = weight
+        everything[index] = weight * ~np.isnan(advantage)[index]
         needs = settings.objective.needs
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,

@@ -1,6 +1,6 @@
 """The contract that every reward keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -11,15 +11,24 @@ Array = np.ndarray | jax.Array
 Images = Array  # uint8 [B, H, W, 3]
 
 
+class Missing(NamedTuple):
+    """Why an image has no score, and whether it may have one when it is asked for later: `passing`."""
+
+    why: str
+    passing: bool
+
+
 class Score(NamedTuple):
     """What a reward gives a batch of images; arrays of NumPy or JAX.
 
     value: [B]; larger is better.
     map: None, or [B, S]: how much of the value each of the S latent positions earned, for spatial credit.
+    missing: by position, the images that have no score, whatever stands in value and map; None is none.
     """
 
     value: Any
     map: Any = None
+    missing: Mapping[int, Missing] | None = None
 
 
 def as_score(given: Array | Score) -> Score:
