@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What an iteration's scores teach: advantages of samples [B], NaN without a score, and what the update is given."""
+    """What an iteration's scores teach: advantages of samples [B], NaN without a score, and the update's part of it."""
 
     advantage: np.ndarray
     given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
