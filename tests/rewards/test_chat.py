@@ -38,7 +38,7 @@ def stub(monkeypatch):
 
     Stub.sent = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     Stub.url = f"http://127.0.0.1:{server.server_port}"
     yield Stub
     server.shutdown()

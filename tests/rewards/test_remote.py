@@ -139,7 +139,7 @@ def stub(monkeypatch):
 
     Stub.health = {"status": "ok", "rewards": ["bright"], "max_batch": 64}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     Stub.url = f"http://127.0.0.1:{server.server_port}"
     yield Stub
     server.shutdown()

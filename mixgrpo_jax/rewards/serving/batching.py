@@ -165,10 +165,15 @@ class Batcher:
             padded = min(1 << (count - 1).bit_length(), self.max_batch)
             index = np.minimum(np.arange(padded), count - 1)
         try:
-            scores = reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index])
-            scores = np.asarray(as_score(scores).value, np.float32)
-        except Exception as error:
+            given = as_score(reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index]))
+            scores = np.asarray(given.value, np.float32)
+        except (Exception, SystemExit) as error:
             raise ScoreError("reward_failed", name, f"reward {name!r} failed: {error!r}") from error
+        if given.missing:
+            why = next(iter(given.missing.values())).why
+            raise ScoreError(
+                "reward_failed", name, f"reward {name!r} has no score of {len(given.missing)} images: {why}"
+            )
         if scores.shape != index.shape:
             raise ScoreError(
                 "reward_failed", name, f"reward {name!r} gave shape {scores.shape} for {len(index)} images"
