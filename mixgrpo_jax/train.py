@@ -237,8 +237,8 @@ def throughput(
     return metrics.throughput(timer, settings.samples, flops, mesh.size, settings.config.one_step_off_policy)
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     train(_CONFIG.value, _WORKDIR.value)
 
