@@ -28,6 +28,7 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import Average, TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
 
