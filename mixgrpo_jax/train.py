@@ -8,6 +8,7 @@ checkpoints/, before_after.png and rewards.png.
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +65,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
     for iteration in progress:
-        timer, done = metrics.PhaseTimer(), iteration + 1
+        timer, done, begun = metrics.PhaseTimer(), iteration + 1, host_state(planned)
 
         with timer("rollout"):
             on_policy = upcoming is None
@@ -78,7 +79,9 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
             jax.block_until_ready(drawn.images[0])
 
         with timer("reward"):
-            scores = collector.score(drawn)
+            ahead = drawn.sampled if settings.config.one_step_off_policy and not on_policy else None
+            keep = functools.partial(_keep, checkpoints, iteration, state, begun, ahead)
+            scores = collector.score(drawn, waiting=keep)
             lesson = collector.learn(drawn, scores)
 
         with timer("rollout"):  # what of the next one the rewards did not hide
@@ -105,6 +108,12 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
     after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
     _report(workdir, held_out, before, after)
     return after.scores
+
+
+def _keep(checkpoints: Checkpoints, iteration: int, state: TrainState, host: dict, samples: Any) -> None:
+    """Save what is finished while reward servers are waited for. Several processes save together or not at all."""
+    if iteration and jax.process_count() == 1:
+        checkpoints.save(iteration, state, host, samples, force=True)
 
 
 def _set_up(settings: Settings, mesh: Any) -> tuple[Collector, HeldOut, TrainState]:

@@ -220,6 +220,29 @@ def test_a_score_that_is_missing_is_no_lesson_and_no_number(small_policy, record
     assert others.sum() == pytest.approx(0, abs=1e-5) and np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
 
 
+def test_while_servers_are_away_what_is_finished_is_saved_and_the_run_goes_on(small_policy, tmp_path):
+    turns, saved = [], lambda iteration: (tmp_path / "away" / "checkpoints" / str(iteration)).exists()
+
+    def score(images, prompts, metadata):
+        turns.append(len(images))
+        if turns.count(8) == 2:  # the second iteration's
+            assert not saved(1)
+            return Score(np.zeros(8), None, dict.fromkeys(range(8), Missing("http://a: refused", passing=True)))
+        if turns.count(8) == 3:
+            wait_for(lambda: saved(1), "a save")
+        return brightness(images, prompts, metadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixgrpo_jax.rewards.scoring.PAUSE", 0.0)
+        patch.setattr(f"{__name__}.during", [score])
+        for name in ("away", "straight"):
+            config = fast(small_policy, 3, one_step_off_policy=True)
+            config.checkpoint.every = 25
+            train.train(config, tmp_path / name)
+            patch.setattr(f"{__name__}.during", [brightness])
+    assert turns.count(8) == 4 and lines(tmp_path / "away") == lines(tmp_path / "straight")
+
+
 SIZES = (
     dict(data=8),
     dict(data=1, fsdp=8),

@@ -5,7 +5,7 @@ the host scores some pictures, the devices make the next ones.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,12 +86,13 @@ class Collector:
         images = [self.programs.decode(self.frozen, sampled.x0, chunk) for chunk in range(len(self.programs.chunks))]
         return Drawn(plan, batch, cond, sampled, images)
 
-    def score(self, drawn: Drawn) -> dict[str, Score]:
-        """Scores of the samples by every reward, on every process; NaN of a sample that could not be scored."""
-        config = self.settings.config
-        score = functools.partial(
-            score_chunks, self.rewards, missing_share=config.missing_share, wait=config.reward_wait
-        )
+    def score(self, drawn: Drawn, waiting: Callable[[], None] = lambda: None) -> dict[str, Score]:
+        """Scores of the samples by every reward, on every process; NaN of a sample that could not be scored.
+
+        `waiting` is called when reward servers are away and are waited for, on the processes that do.
+        """
+        share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
+        score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
         return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
 
     def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:

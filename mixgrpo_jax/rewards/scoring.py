@@ -88,6 +88,7 @@ def score_chunks(
     chunks: Iterable[Chunk],
     missing_share: float = 0.0,
     wait: float = 0.0,
+    waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Score]:
     """`score_all` of images that come in chunks, one chunk behind the other.
 
@@ -95,8 +96,8 @@ def score_chunks(
     the host's of the last chunk are there.
 
     Where more than `missing_share` of the images have no score of a reward, those that may have one later are asked for
-    again, for `wait` seconds. What is missing then is NaN in value and map, and nothing else is; more of it than
-    `missing_share` is a ConnectionError.
+    again, for `wait` seconds, after a call of `waiting`. What is missing then is NaN in value and map, and nothing else
+    is; more of it than `missing_share` is a ConnectionError.
     """
     # Device rewards first: they return at once, and compute while the host is busy with the others.
     queue = sorted(rewards, key=lambda reward: reward.where != "device")
@@ -112,7 +113,7 @@ def score_chunks(
     for reward in queue:
         if reward.name in incomplete:
             allowed = missing_share * sum(map(len, asked))
-            _ask_again(reward, given[reward.name], incomplete[reward.name], allowed, wait)
+            _ask_again(reward, given[reward.name], incomplete[reward.name], allowed, wait, waiting)
     return {name: _joined(name, scores, asked) for name, scores in given.items()}
 
 
@@ -124,7 +125,12 @@ def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict
 
 
 def _ask_again(
-    reward: Reward, given: list[Score], incomplete: Sequence[tuple[int, Chunk]], allowed: float, wait: float
+    reward: Reward,
+    given: list[Score],
+    incomplete: Sequence[tuple[int, Chunk]],
+    allowed: float,
+    wait: float,
+    waiting: Callable[[], None],
 ) -> None:
     """Ask for what is missing of the chunks `incomplete` until no more than `allowed` is, and fill it in."""
     end = time.monotonic() + wait
@@ -140,9 +146,11 @@ def _ask_again(
                 "the run again, which goes on where it was saved, or raise reward_wait or missing_share"
             )
         logging.getLogger(__name__).warning("%s; asking for %.0f s more. %s", count, left, _reason(missing))
+        waiting()
         time.sleep(min(PAUSE, left))
         for i, chunk in incomplete:
-            given[i] = _completed(reward, given[i], *chunk)
+            if time.monotonic() < end:
+                given[i] = _completed(reward, given[i], *chunk)
     if missing:
         logging.getLogger(__name__).warning("%s, and are left out: %s", count, _reason(missing))
 

@@ -216,7 +216,9 @@ def test_beyond_the_share_the_run_stops_and_says_why():
 def test_servers_that_are_away_are_waited_for_as_long_as_is_set(quick, caplog):
     away = {str(i): AWAY for i in range(1, 9)}
     reward, asked = failing(away, away | {"6": WRONG}, away, away, {}, {"8": AWAY}, maps=True)
-    score = score_chunks([reward], CHUNKS, missing_share=0.25, wait=60)["far"]
+    saved = []
+    score = score_chunks([reward], CHUNKS, missing_share=0.25, wait=60, waiting=lambda: saved.append(len(asked)))["far"]
+    assert saved == [2, 4]  # before servers are asked again
     np.testing.assert_array_equal(score.value, np.float32([1, 2, 3, 4, 5, np.nan, 7, np.nan]))
     np.testing.assert_array_equal(score.map, score.value[:, None] * [1, 2])
     assert asked[-1] == ["5", "7", "8"]  # not what would fail again
