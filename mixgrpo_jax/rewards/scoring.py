@@ -122,6 +122,9 @@ def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict
         return as_score(reward.score(images, prompts, metadata))
     except SystemExit as error:  # a run that ends so looks finished
         raise RuntimeError(f"reward {reward.name!r} called sys.exit({error.code!r}): raise an exception") from error
+    except Exception as error:
+        error.add_note(f"This is of the reward {reward.name!r}.")
+        raise
 
 
 def _ask_again(

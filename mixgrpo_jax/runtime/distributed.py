@@ -20,6 +20,7 @@ from mixgrpo_jax.runtime.mesh import make_mesh
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 FAILED, POLL = "mixgrpo_jax/failed", 1.0  # where a process leaves why it failed; seconds between looks at it
+HEARTBEAT = 30  # seconds of silence after which a process that could not say so counts as failed
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def _watch(done: threading.Event) -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Tell the other processes, and end; the first to fail is the one that is named."""
-    what = "".join(traceback.format_exception_only(error)).strip()
+    what = "; ".join("".join(traceback.format_exception_only(error)).split("\n")).strip("; ")
     why = f"process {jax.process_index()} of {jax.process_count()} failed: {what}"
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
@@ -97,9 +98,11 @@ def initialize() -> None:
     if told.get(COUNT) == "1":
         return
     if COUNT in told or INDEX in told:
-        jax.distributed.initialize(**_explicit(told))
+        jax.distributed.initialize(**_explicit(told), heartbeat_timeout_seconds=HEARTBEAT)
     elif _scheduled():
-        jax.distributed.initialize()  # which takes the address from the environment, if it is there
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT
+        )  # which takes the address from the environment, if it is there
     elif told:
         raise ValueError(f"{ADDRESS}={told[ADDRESS]}, but {_set_or_unset([COUNT, INDEX])}")
 

@@ -238,6 +238,15 @@ def test_what_is_there_must_be_finite_beside_what_is_missing():
         score_chunks([Reward("half", "host", score)], CHUNKS[:1], missing_share=0.5)
 
 
+def test_an_error_names_the_reward_that_raised_it():
+    def raises(images, prompts, metadata):
+        return metadata[0]["absent"]
+
+    with pytest.raises(KeyError, match="absent") as error:
+        score_all([Reward("mine", "host", raises)], *CHUNKS[0])
+    assert error.value.__notes__ == ["This is of the reward 'mine'."]
+
+
 def test_a_reward_that_leaves_the_program_stops_the_run_with_an_error(monkeypatch):
     def leaves(*args, **options):
         raise SystemExit(0)
