@@ -18,7 +18,7 @@ from mixgrpo_jax import evaluate, train
 from mixgrpo_jax.engine.collect import Collector
 from mixgrpo_jax.flow.kernels import by_sample
 from mixgrpo_jax.models.io import orbax_io
-from mixgrpo_jax.rewards.contract import Missing, Score
+from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.runtime.mesh import virtual_devices
@@ -205,8 +205,8 @@ def test_what_is_not_finite_is_named():
 
 def test_a_score_that_is_missing_is_no_lesson_and_no_number(small_policy, recorded, tmp_path):
     def score(images, prompts, metadata):
-        missing = {1: Missing("http://a: out of memory", passing=False)} if len(images) == 8 else None
-        return Score(brightness(images, prompts, metadata) + 9 * (missing is not None), None, missing)
+        missing = {1: Missing("http://a: out of memory", passing=False)} if len(images) == 8 else {}
+        return Incomplete(brightness(images, prompts, metadata) + 9 * bool(missing), missing)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.during", [score])
@@ -227,7 +227,7 @@ def test_while_servers_are_away_what_is_finished_is_saved_and_the_run_goes_on(sm
         turns.append(len(images))
         if turns.count(8) == 2:  # the second iteration's
             assert not saved(1)
-            return Score(np.zeros(8), None, dict.fromkeys(range(8), Missing("http://a: refused", passing=True)))
+            return Incomplete(np.zeros(8), dict.fromkeys(range(8), Missing("http://a: refused", passing=True)))
         if turns.count(8) == 3:
             wait_for(lambda: saved(1), "a save")
         return brightness(images, prompts, metadata)

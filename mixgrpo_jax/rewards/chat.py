@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.rewards.contract import Reward, Score
+from mixgrpo_jax.rewards.contract import Incomplete, Reward
 from mixgrpo_jax.rewards.remote import collected
 from mixgrpo_jax.rewards.transport import Rejected, Servers, fetch
 
@@ -126,7 +126,7 @@ def chat(
                 f"reward {name!r}, sample {i} ({prompt!r}): {error} in the answer of {model} at {url}:\n{answer}"
             ) from None
 
-    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray | Score:
+    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray | Incomplete:
         del metadata
         samples = list(zip(range(len(prompts)), np.asarray(images), prompts, strict=True))
         return collected(servers.map(send, samples), [1] * len(samples))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Images, Reward, Score
+from mixgrpo_jax.rewards.contract import Images, Incomplete, Reward, Score
 
 SIGNATURE = "(images uint8 [B, H, W, 3], prompts, metadata) -> scores [B]"
 
@@ -36,7 +36,7 @@ def function_reward(path: str, where: Literal["device", "host"] = "host") -> Rew
     """
     function = find(path)
 
-    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Images | Score:
+    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Images | Score | Incomplete:
         images = np.array(images) if where == "host" else images  # a copy: PyTorch wants arrays that can be written
         return _checked(path, function(images, prompts, metadata), len(prompts))
 
@@ -119,8 +119,8 @@ def _check_signature(function: Callable, path: str) -> None:
         raise ValueError(f"reward {path!r} takes {signature}: write it as {SIGNATURE}") from None
 
 
-def _checked(path: str, scores: Any, batch: int) -> Images | Score:
-    if isinstance(scores, Score):
+def _checked(path: str, scores: Any, batch: int) -> Images | Score | Incomplete:
+    if isinstance(scores, Score | Incomplete):
         return scores._replace(value=_numbers(scores.value), map=None if scores.map is None else _numbers(scores.map))
     if isinstance(scores, tuple) and any(isinstance(each, Mapping) or np.ndim(each) for each in scores):
         kinds = ", ".join(type(each).__name__ for each in scores)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Missing, Reward, Score
+from mixgrpo_jax.rewards.contract import Incomplete, Missing, Reward
 from mixgrpo_jax.rewards.serving import wire
 from mixgrpo_jax.rewards.transport import Rejected, Servers, Unavailable, fetch
 
@@ -63,7 +63,7 @@ def remote(
             raise
         return _scores(url, answer, name, request)
 
-    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray | Score:
+    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray | Incomplete:
         images = np.asarray(images)
         cuts = [slice(start, start + batch) for start in range(0, len(images), batch)]
         work = [
@@ -75,7 +75,7 @@ def remote(
     return Reward(name, "host", score)
 
 
-def collected(answers: Sequence[np.ndarray | Missing], sizes: Sequence[int]) -> np.ndarray | Score:
+def collected(answers: Sequence[np.ndarray | Missing], sizes: Sequence[int]) -> np.ndarray | Incomplete:
     """Scores of all images, from those of requests for so many each; what a request failed at is missing."""
     missing: dict[int, Missing] = {}
     values: list[np.ndarray] = []
@@ -85,7 +85,7 @@ def collected(answers: Sequence[np.ndarray | Missing], sizes: Sequence[int]) -> 
             missing |= dict.fromkeys(range(start, start + size), answer)
             answer = np.full(size, np.nan, np.float32)
         values.append(answer)
-    return Score(np.concatenate(values), missing=missing) if missing else np.concatenate(values)
+    return Incomplete(np.concatenate(values), missing) if missing else np.concatenate(values)
 
 
 def _authorization(token: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from mixgrpo_jax.rewards import REWARDS
-from mixgrpo_jax.rewards.contract import Array, Images, Missing, Reward, Score, as_score
+from mixgrpo_jax.rewards.contract import Array, Images, Incomplete, Missing, Reward, Score, as_incomplete
 from mixgrpo_jax.rewards.on_device import OnDevice
 
 Chunk = tuple[Images, list[str], list[dict]]
@@ -101,7 +101,7 @@ def score_chunks(
     """
     # Device rewards first: they return at once, and compute while the host is busy with the others.
     queue = sorted(rewards, key=lambda reward: reward.where != "device")
-    given: dict[str, list[Score]] = {reward.name: [] for reward in rewards}
+    given: dict[str, list[Incomplete]] = {reward.name: [] for reward in rewards}
     asked: list[list[str]] = []
     incomplete: dict[str, list[tuple[int, Chunk]]] = {}
     for i, chunk in enumerate(chunks):
@@ -117,9 +117,9 @@ def score_chunks(
     return {name: _joined(name, scores, asked) for name, scores in given.items()}
 
 
-def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict]) -> Score:
+def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict]) -> Incomplete:
     try:
-        return as_score(reward.score(images, prompts, metadata))
+        return as_incomplete(reward.score(images, prompts, metadata))
     except SystemExit as error:  # a run that ends so looks finished
         raise RuntimeError(f"reward {reward.name!r} called sys.exit({error.code!r}): raise an exception") from error
     except Exception as error:
@@ -129,7 +129,7 @@ def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict
 
 def _ask_again(
     reward: Reward,
-    given: list[Score],
+    given: list[Incomplete],
     incomplete: Sequence[tuple[int, Chunk]],
     allowed: float,
     wait: float,
@@ -138,7 +138,7 @@ def _ask_again(
     """Ask for what is missing of the chunks `incomplete` until no more than `allowed` is, and fill it in."""
     end = time.monotonic() + wait
     while True:
-        missing = [why for i, _ in incomplete for why in (given[i].missing or {}).values()]
+        missing = [why for i, _ in incomplete for why in given[i].missing.values()]
         count = f"{len(missing)} images have no score of reward {reward.name!r}"
         left = end - time.monotonic()
         if len(missing) <= allowed:
@@ -162,16 +162,18 @@ def _reason(missing: Sequence[Missing]) -> str:
     return collections.Counter(why.why for why in missing).most_common(1)[0][0]
 
 
-def _completed(reward: Reward, score: Score, images: Images, prompts: list[str], metadata: list[dict]) -> Score:
+def _completed(
+    reward: Reward, score: Incomplete, images: Images, prompts: list[str], metadata: list[dict]
+) -> Incomplete:
     """A score, with what was missing for the time being asked for again."""
-    missing = dict(score.missing or {})
+    missing = dict(score.missing)
     rows = [row for row, why in missing.items() if why.passing]
     if not rows:
         return score
     chosen = np.asarray(images)[rows], [prompts[row] for row in rows], [metadata[row] for row in rows]
     again = _ask(reward, *chosen)
     for i, row in enumerate(rows):
-        if again.missing and i in again.missing:
+        if i in again.missing:
             missing[row] = again.missing[i]
         else:
             del missing[row]
@@ -181,10 +183,11 @@ def _completed(reward: Reward, score: Score, images: Images, prompts: list[str],
         array[rows] = new
         return array
 
-    return Score(filled(score.value, again.value), None if score.map is None else filled(score.map, again.map), missing)
+    maps = None if score.map is None else filled(score.map, again.map)
+    return Incomplete(filled(score.value, again.value), missing, maps)
 
 
-def _joined(name: str, scores: Sequence[Score], asked: Sequence[list[str]]) -> Score:
+def _joined(name: str, scores: Sequence[Incomplete], asked: Sequence[list[str]]) -> Score:
     """A reward's scores of all chunks, checked."""
     values = [_value(name, score.value, prompts) for score, prompts in zip(scores, asked)]
     maps = [_map(name, score.map, prompts) for score, prompts in zip(scores, asked) if score.map is not None]
@@ -195,9 +198,7 @@ def _joined(name: str, scores: Sequence[Score], asked: Sequence[list[str]]) -> S
             "positions: return a map for all images, or for none, of as many positions each time"
         )
     everything = [prompt for prompts in asked for prompt in prompts]
-    there = np.array(
-        [not (s.missing and i in s.missing) for s, prompts in zip(scores, asked) for i in range(len(prompts))]
-    )
+    there = np.array([i not in score.missing for score, prompts in zip(scores, asked) for i in range(len(prompts))])
     return Score(
         _finite(name, np.concatenate(values), everything, there),
         _finite(name, np.concatenate(maps), everything, there) if maps else None,

@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards.contract import Missing, Score
+from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.serving import app, wire
 from mixgrpo_jax.rewards.serving.app import make_app
 from tests.rewards.conftest import brightness
@@ -202,7 +202,7 @@ def test_a_reward_without_a_score_is_a_500_that_says_so(serve, pictures, reward)
         raise SystemExit(3)
 
     def misses(images, prompts, metadata):
-        return Score(np.ones(len(images)), None, {1: Missing("http://b: refused", passing=True)})
+        return Incomplete(np.ones(len(images)), {1: Missing("http://b: refused", passing=True)})
 
     status, error, _ = ask(f"{serve(locals()[reward])}/score", body(pictures))
     assert (status, error["code"]) == (500, "reward_failed")

@@ -9,7 +9,7 @@ import pytest
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.rewards import REWARDS, scoring
-from mixgrpo_jax.rewards.contract import Missing, Reward, Score
+from mixgrpo_jax.rewards.contract import Incomplete, Missing, Reward, Score
 from mixgrpo_jax.rewards.on_device import OnDevice
 from mixgrpo_jax.rewards.scoring import build, score_all, score_chunks, sketch
 from tests.python import run_program
@@ -180,7 +180,7 @@ def failing(*turns, maps=False):
         absent = turns.pop(0) if turns else {}
         missing = {i: absent[prompt] for i, prompt in enumerate(prompts) if prompt in absent}
         value = np.array([0.0 if i in missing else float(prompt) for i, prompt in enumerate(prompts)])
-        return Score(value, value[:, None] * [1, 2] if maps else None, missing)
+        return Incomplete(value, missing, value[:, None] * [1, 2] if maps else None)
 
     return Reward("far", "host", score), asked
 
@@ -198,7 +198,7 @@ def test_a_share_may_be_missing_and_is_never_a_number(maps, caplog):
     reward, asked = failing({"2": AWAY}, {"7": WRONG}, maps=maps)
     score = score_chunks([reward], CHUNKS, missing_share=0.25, wait=60)["far"]
     np.testing.assert_array_equal(score.value, np.float32([1, np.nan, 3, 4, 5, 6, np.nan, 8]))
-    assert len(asked) == 2 and score.missing is None  # within the share, nobody is waited for
+    assert len(asked) == 2  # within the share, nobody is waited for
     if maps:
         np.testing.assert_array_equal(score.map, score.value[:, None] * [1, 2])
     assert "2 images have no score of reward 'far', and are left out" in caplog.text
@@ -232,7 +232,7 @@ def test_servers_that_are_away_are_waited_for_as_long_as_is_set(quick, caplog):
 
 def test_what_is_there_must_be_finite_beside_what_is_missing():
     def score(images, prompts, metadata):
-        return Score(np.array([np.nan, np.nan, 1, 1]), None, {0: AWAY})
+        return Incomplete(np.array([np.nan, np.nan, 1, 1]), {0: AWAY})
 
     with pytest.raises(ValueError, match=r"'half' gave nan for sample 1 \('2'\), and 1 of 4"):
         score_chunks([Reward("half", "host", score)], CHUNKS[:1], missing_share=0.5)
