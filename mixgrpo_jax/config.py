@@ -392,6 +392,8 @@ def base() -> Section:
             rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
             watched=("strict",),  # scored and logged, not trained on
             reward_options=dict(),  # {name: its options}; with `kind`, a name of one's own for a reward of that kind
+            missing_share=0.25,  # of the images that a process scores, which servers may fail at: they teach nothing
+            reward_wait=600.0,  # seconds for which servers that are away are asked again, beyond that share
             advantage=_fields(Credit, "advantage"),
             select=choose("select", "all"),
             objective=choose("objective", "grpo"),
@@ -519,6 +521,9 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
     _require(0 <= config.seed < 2**32, "seed", config.seed, "it must be in 0..4294967295")
     for name in ("ratio_tolerance", "rollout_tolerance"):
         _require(config[name] >= 0, name, config[name], "it must be at least 0")
+    share, wait = config.missing_share, config.reward_wait
+    _require(0 <= share < 1, "missing_share", share, "a share of the images, from 0 to below 1; 0 lets none be missing")
+    _require(wait >= 0, "reward_wait", wait, "seconds, at least 0; 0 stops when no server answers")
     batch, model = BatchSizes(**config.batch), dict(config.model)
     settings = Settings(
         config,

@@ -255,8 +255,8 @@ def _unstack(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     return (dict(zip(arrays, row)) for row in zip(*arrays.values()))
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     encode(
         _SOURCE.value,
         _PROMPTS.value,

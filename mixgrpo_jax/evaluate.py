@@ -17,6 +17,7 @@ from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.metrics import scored
 
 
 def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
@@ -33,11 +34,11 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
         print(table(scores, held_out.groups))
         pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
         report.save_png(pathlib.Path(workdir) / "held_out.png", report.tile(images[:96], columns=8))
-    return {name: float(values.mean()) for name, values in scores.items()}
+    return {name: float(scored(values).mean()) for name, values in scores.items()}
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     evaluate(_CONFIG.value, _WORKDIR.value)
 

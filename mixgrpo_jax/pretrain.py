@@ -28,6 +28,7 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import Average, TrainState, init_state
 from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
 
@@ -103,7 +104,7 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             progress.write(f"step {index}, loss {loss:.4f}\n" + table(scores))
     progress.close()
 
-    means = {name: round(float(values.mean()), 4) for name, values in scores.items()}
+    means = {name: round(float(scored(values).mean()), 4) for name, values in scores.items()}
     if not distributed.is_first():
         return means
     families.save(workdir / "checkpoint", parts, average)
@@ -114,8 +115,8 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     return means
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     pretrain(_CONFIG.value, _WORKDIR.value)
 

@@ -67,8 +67,8 @@ def write(folder: pathlib.Path, images: np.ndarray) -> None:
     report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     logging.set_verbosity(logging.WARNING)
     sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value)
 

@@ -4,14 +4,14 @@
 
 Needs `pip install -e '.[serve]'`. Serves what the config names in `rewards` and `watched`:
 
-    POST /score    {"id": ..., "scores": {reward: [B]}} of the images in the body; see mixgrpo_jax/rewards/wire.py
+    POST /score    {"id": ..., "scores": {reward: [B]}} of the images in the body; see rewards/serving/wire.py
     GET  /health   whether it lives, and what it serves
     GET  /metrics  counts for Prometheus
 
 With a token, in the environment's MIXGRPO_JAX_TOKEN or in a file (--token_file), requests must bear it as
 `Authorization: Bearer ...`; without one, only this machine is served. Errors are {"error": {"code", "message", ...}}:
-400 with the `field` that cannot be read, 401, 413 over a limit, 503 with Retry-After when busy, and 500 with the
-`reward`, and the `sample` whose score is not finite.
+400 with the `field` that cannot be read, 401, 408 for a body that is late, 413 over a limit, 503 with Retry-After when
+busy, and 500 with the `reward`, and the `sample` whose score is not finite.
 """
 
 import os
@@ -50,7 +50,8 @@ def read_token(token_file: str, host: str) -> str:
 
 def main(_):  # noqa: D103
     token = read_token(_TOKEN_FILE.value, _HOST.value)
-    web = make_app(build(_CONFIG.value), token, _MAX_BATCH.value, _MAX_QUEUE.value, _MAX_BYTES.value)
+    limits = _MAX_BATCH.value, _MAX_QUEUE.value, _MAX_BYTES.value, _MAX_SECONDS.value
+    web = make_app(build(_CONFIG.value), token, *limits)
     serve(web, _HOST.value, _PORT.value)
 
 
@@ -62,4 +63,5 @@ if __name__ == "__main__":
     _MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Images scored at once, and the most that a request may hold.")
     _MAX_QUEUE = flags.DEFINE_integer("max_queue", 64, "Requests in hand, beyond which others are told to come again.")
     _MAX_BYTES = flags.DEFINE_integer("max_bytes", 256 << 20, "Of a request's body, and of its decoded images.")
+    _MAX_SECONDS = flags.DEFINE_float("max_seconds", 60.0, "In which the whole of a request's body has to come.")
     app.run(main)

@@ -8,6 +8,7 @@ checkpoints/, before_after.png and rewards.png; with profile.start a trace of so
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +67,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
     profile = settings.profile
     for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
-        timer, done = metrics.PhaseTimer(), iteration + 1
+        timer, done, begun = metrics.PhaseTimer(), iteration + 1, host_state(planned)
 
         with timer("rollout"):
             on_policy = upcoming is None
@@ -80,7 +81,9 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
             jax.block_until_ready(drawn.images[0])
 
         with timer("reward"):
-            scores = collector.score(drawn)
+            ahead = drawn.sampled if settings.config.one_step_off_policy and not on_policy else None
+            keep = functools.partial(_keep, checkpoints, iteration, state, begun, ahead)
+            scores = collector.score(drawn, waiting=keep)
             lesson = collector.learn(drawn, scores)
 
         with timer("rollout"):  # what of the next one the rewards did not hide
@@ -107,6 +110,12 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Ch
     after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
     _report(workdir, held_out, before, after)
     return after.scores
+
+
+def _keep(checkpoints: Checkpoints, iteration: int, state: TrainState, host: dict, samples: Any) -> None:
+    """Save what is finished while reward servers are waited for. Several processes save together or not at all."""
+    if iteration and jax.process_count() == 1:
+        checkpoints.save(iteration, state, host, samples, force=True)
 
 
 def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, TrainState]:
@@ -176,7 +185,8 @@ def describe(
         metrics.means("reward", {name: values[name] for name in settings.rewards})
         | metrics.means("watched", {name: values[name] for name in settings.config.watched})
         | summarise(learned, settings.objective)
-        | {"advantage/abs_mean": np.abs(lesson.advantage).mean()}
+        | {"advantage/abs_mean": np.abs(metrics.scored(lesson.advantage)).mean()}
+        | {"advantage/missing": int(np.isnan(lesson.advantage).sum())}
     )
     if stochastic:  # where it begins first, of all prompts
         line |= {"window/start": int(stochastic[0][1].address[0].min())}
@@ -247,8 +257,8 @@ def throughput(
     return metrics.throughput(timer, settings.samples, flops, mesh.size, settings.config.one_step_off_policy)
 
 
+@distributed.joined()
 def main(_):  # noqa: D103
-    distributed.initialize()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     train(_CONFIG.value, _WORKDIR.value)
 

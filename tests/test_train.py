@@ -18,6 +18,7 @@ from mixgrpo_jax import evaluate, train
 from mixgrpo_jax.engine.collect import Collector
 from mixgrpo_jax.flow.kernels import by_sample
 from mixgrpo_jax.models.io import orbax_io
+from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.runtime.mesh import virtual_devices
@@ -200,6 +201,46 @@ def test_what_is_not_finite_is_named():
     with pytest.raises(RuntimeError, match="iteration 7, update 2: grad_norm is not finite, with grad_norm=inf"):
         train.check_finite(learned, 7)
     train.check_finite(learned | {"grad_norm": np.ones(2)}, 7)
+
+
+def test_a_score_that_is_missing_is_no_lesson_and_no_number(small_policy, recorded, tmp_path):
+    def score(images, prompts, metadata):
+        missing = {1: Missing("http://a: out of memory", passing=False)} if len(images) == 8 else {}
+        return Incomplete(brightness(images, prompts, metadata) + 9 * bool(missing), missing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.during", [score])
+        train.train(fast(small_policy), tmp_path)
+        with pytest.raises(ConnectionError, match=r"1 images.*missing_share allows 0\.8: http://a: out of memory"):
+            train.train(fast(small_policy, missing_share=0.1), tmp_path / "strict")
+    line, batch = lines(tmp_path)[1], recorded.updates[0][2]
+    assert line["advantage/missing"] == 1 and 9 < line["reward/slow/mean"] < 10
+    assert batch.weight.tolist() == [1, 0, 1, 1, 1, 1, 1, 1] and np.isnan(batch.advantage[0, 1])
+    others = batch.advantage[0, [0, 2, 3], 0]
+    assert others.sum() == pytest.approx(0, abs=1e-5) and np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
+
+
+def test_while_servers_are_away_what_is_finished_is_saved_and_the_run_goes_on(small_policy, tmp_path):
+    turns, saved = [], lambda iteration: (tmp_path / "away" / "checkpoints" / str(iteration)).exists()
+
+    def score(images, prompts, metadata):
+        turns.append(len(images))
+        if turns.count(8) == 2:  # the second iteration's
+            assert not saved(1)
+            return Incomplete(np.zeros(8), dict.fromkeys(range(8), Missing("http://a: refused", passing=True)))
+        if turns.count(8) == 3:
+            wait_for(lambda: saved(1), "a save")
+        return brightness(images, prompts, metadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixgrpo_jax.rewards.scoring.PAUSE", 0.0)
+        patch.setattr(f"{__name__}.during", [score])
+        for name in ("away", "straight"):
+            config = fast(small_policy, 3, one_step_off_policy=True)
+            config.checkpoint.every = 25
+            train.train(config, tmp_path / name)
+            patch.setattr(f"{__name__}.during", [brightness])
+    assert turns.count(8) == 4 and lines(tmp_path / "away") == lines(tmp_path / "straight")
 
 
 SIZES = (

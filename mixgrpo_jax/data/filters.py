@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixgrpo_jax.data.prompts import Prompt
+from mixgrpo_jax.data.prompts import Prompt, lines
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _read_list(name: str, source: str) -> frozenset[tuple[str, ...]]:
     if not path.is_file():
         raise ValueError(f"{name}={source!r} is no file; give one with a word or phrase a line")
     phrases = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for where, line in lines(path):
         if not _words(line):
-            raise ValueError(f"{name}: {path}, line {number}: {line!r} has no word; take the line out")
+            raise ValueError(f"{name}: {where}: {line.strip()!r} has no word; take the line out")
         phrases.add(tuple(_words(line)))
     if not phrases:
         raise ValueError(f"{name}={source!r} is empty; give a file with a word or phrase a line, or leave {name} out")

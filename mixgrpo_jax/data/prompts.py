@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ SOURCES = "a .txt or .jsonl file, a folder of splits, or tfds:NAME/split"
 # What a folder calls a split: as flow_grpo's data sets do, plainly, and as GenEval's repository does.
 SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
 GENEVAL, GENEVAL_SPLIT = "prompts/evaluation_metadata.jsonl", "test"
+_NOT_TEXT = re.compile(
+    "[\0\ud800-\udfff]"
+)  # halves of a pair alone, as of an emoji that was cut, and zeros, as of UTF-16
 
 
 class Prompt(NamedTuple):
@@ -36,7 +40,8 @@ def read(source: str, field: str = "prompt", split: str = "train") -> list[Promp
             SPLIT.txt; the split "test" may also be prompts/evaluation_metadata.jsonl, GenEval's own.
 
     Raises:
-        ValueError: no such source, no prompts in it, or a prompt that is missing, empty or not text, by its line.
+        ValueError: no such source, no prompts in it, or a prompt that is missing, empty or not text in UTF-8, by its
+            line.
     """
     prompts = [_prompt(where, record, field) for where, record in _records(source, field, split)]
     if not prompts:
@@ -62,9 +67,9 @@ def _records(source: str, field: str, split: str) -> Iterable[tuple[str, dict[st
     if not path.is_file():
         raise ValueError(f"prompts={source!r} is not there; give {SOURCES}")
     if path.suffix == ".txt":
-        return ((where, {field: line.strip()}) for where, line in _lines(path))
+        return ((where, {field: line.strip()}) for where, line in lines(path))
     if path.suffix == ".jsonl":
-        return ((where, _object(where, line)) for where, line in _lines(path))
+        return ((where, _object(where, line)) for where, line in lines(path))
     raise ValueError(f"prompts={source!r} ends in {path.suffix!r}; give {SOURCES}")
 
 
@@ -78,18 +83,23 @@ def _split_file(folder: Path, split: str) -> Path:
     return folder / found[0]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where it stands, line) of a file of text. Raises ValueError, with the line, for one that is not UTF-8."""
     # Not str.splitlines, which also breaks a prompt at U+2028 and the like.
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            yield f"{path}, line {number}", line
+            where = f"{path}, line {number}"
+            if bad := _NOT_TEXT.search(line):
+                byte = ord(bad[0]) & 0xFF  # surrogateescape has put it there
+                raise ValueError(f"{where} is not UTF-8: it has the byte 0x{byte:02x}; save the file as UTF-8")
+            yield where, line
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {line.strip()!r} is not JSON ({error}); write an object a line") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: {line.strip()!r:.500} is not JSON ({error}); write an object a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: {line.strip()!r} is no object; write one, with the prompt in a field")
     return record
@@ -113,12 +123,16 @@ def _from_tfds(source: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     for i, record in enumerate(records):
         example = scalars.deserialize_example_np(record)
-        yield f"{source}, element {i}", {key: _plain(value) for key, value in example.items()}
+        where = f"{source}, element {i}"
+        yield where, {key: _plain(where, key, value) for key, value in example.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(where: str, key: str, value: Any) -> Any:
     if isinstance(value, bytes):
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {key} is not UTF-8 ({error}); write the data set anew") from None
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -128,6 +142,8 @@ def _prompt(where: str, record: dict[str, Any], field: str) -> Prompt:
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: {field}={text!r} is not text")
+    if bad := _NOT_TEXT.search(text):
+        raise ValueError(f"{where}: {field}={text!r} has {bad[0]!r}, which is no character; take it out")
     if not text.strip():
         raise ValueError(f"{where}: {field} is empty; give every line a prompt")
     return Prompt(text, {key: value for key, value in record.items() if key != field})

@@ -5,7 +5,7 @@ the host scores some pictures, the devices make the next ones.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What an iteration's scores teach: advantages of samples [B], and what the update is given of it."""
+    """What an iteration's scores teach: advantages of samples [B], NaN without a score, and the update's part of it."""
 
     advantage: np.ndarray
     given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
@@ -86,20 +86,24 @@ class Collector:
         images = [self.programs.decode(self.frozen, sampled.x0, chunk) for chunk in range(len(self.programs.chunks))]
         return Drawn(plan, batch, cond, sampled, images)
 
-    def score(self, drawn: Drawn) -> dict[str, Score]:
-        """Scores of the samples by every reward, on every process."""
-        score = functools.partial(score_chunks, self.rewards)
+    def score(self, drawn: Drawn, waiting: Callable[[], None] = lambda: None) -> dict[str, Score]:
+        """Scores of the samples by every reward, on every process; NaN of a sample that could not be scored.
+
+        `waiting` is called when reward servers are away and are waited for, on the processes that do.
+        """
+        share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
+        score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
         return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
 
     def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
-        """Advantages, and which samples are trained on with them."""
+        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score."""
         settings, sampled = self.settings, drawn.sampled
         values = {name: score.value for name, score in scores.items()}
         advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
         by_group = advantage.reshape(settings.batch.prompts, -1)  # a group stands in a row
         index, weight = settings.select(by_group)
         everything = np.zeros(settings.samples, np.float32)
-        everything[index] = weight
+        everything[index] = weight * ~np.isnan(advantage)[index]
         needs = settings.objective.needs
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,

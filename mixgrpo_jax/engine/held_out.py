@@ -17,6 +17,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
 from mixgrpo_jax.runtime import compiler, distributed
+from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
 
@@ -44,7 +45,7 @@ def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], 
 
 
 class Assessment(NamedTuple):
-    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}."""
+    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}, NaN where there is none."""
 
     images: np.ndarray
     scores: dict[str, np.ndarray]
@@ -72,7 +73,11 @@ class HeldOut:
         rewards: Sequence[Reward],
         attach: Callable[[Any, Any], Any] = lambda trained, base: trained,
     ):
-        self.options, self.policy, self.rewards = settings.evaluation, policy, rewards
+        self.options, self.policy = settings.evaluation, policy
+        config = settings.config
+        self._score = functools.partial(
+            score_chunks, rewards, missing_share=config.missing_share, wait=config.reward_wait
+        )
         self.task = load_task(settings.data.name)
         dataset = self.task.load("test", settings.data.folder)
         if self.options.prompts > len(dataset):
@@ -104,9 +109,8 @@ class HeldOut:
     def assess(self, trained: Any, frozen: Any) -> Assessment:
         """Pictures of the prompts and their scores by every reward."""
         images = self.draw(trained, frozen)
-        score = functools.partial(score_chunks, self.rewards)
         everything = np.arange(len(images))
-        scores = distributed.map_rows(score, [images], [everything], self.prompts, self.metadata)
+        scores = distributed.map_rows(self._score, [images], [everything], self.prompts, self.metadata)
         return Assessment(images, {name: score.value for name, score in scores.items()})
 
 
@@ -121,6 +125,6 @@ def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) 
     columns = {name: max(len(name) + 2, 10) for name in scores}
     lines = [f"{'':<{title}}{'n':>6}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for row, chosen in rows.items():
-        means = "".join(f"{scores[name][chosen].mean():>{width}.3f}" for name, width in columns.items())
+        means = "".join(f"{scored(scores[name][chosen]).mean():>{width}.3f}" for name, width in columns.items())
         lines.append(f"{row:<{title}}{chosen.sum():>6}{means}")
     return "\n".join(lines)

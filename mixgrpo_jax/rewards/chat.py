@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.contract import Incomplete, Reward
+from mixgrpo_jax.rewards.remote import collected
 from mixgrpo_jax.rewards.transport import Rejected, Servers, fetch
 
 TOKEN = "MIXGRPO_JAX_CHAT_TOKEN"  # the environment's variable
@@ -92,7 +93,7 @@ def chat(
     """What a chat model says of each picture: score = number in its answer / the rubric's scale.
 
     A picture is one request, as JPEG of quality 95, at temperature 0. Requests that get no answer are tried again, at
-    another server if there is one; an answer without a score stops the run, and is shown.
+    another server if there is one, and then are missing; an answer without a score stops the run, and is shown.
 
     Args:
         name: how logs call the reward.
@@ -100,33 +101,35 @@ def chat(
         rubric: "score" or "semantic", or a `Rubric`'s fields {"template", "pattern", "scale"}.
         model: as the servers call it.
         token: their API key; "" takes the environment's MIXGRPO_JAX_CHAT_TOKEN, which no log shows.
-        timeout: seconds for one answer.
-        tries: failures in a row of every server (0.5 to 10 s apart) after which a call gives up.
+        timeout: seconds for one request, from the first look at the server's name to the answer's last byte.
+        tries: failures in a row of every server (0.5 to 10 s apart) after which a call's other images have no score.
         in_flight: requests at a time to each server, which batches them.
 
     Raises:
         ValueError: an unknown rubric, or one that cannot be used.
     """
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be positive: seconds for one request")
     asks = _rubric(rubric)
     servers = Servers(urls, tries, in_flight)
     token = token or os.environ.get(TOKEN, "")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
-    def send(url: str, sample: tuple[int, np.ndarray, str]) -> float:
+    def send(url: str, sample: tuple[int, np.ndarray, str]) -> np.ndarray:
         i, image, prompt = sample
         url = url.removesuffix("/v1") + "/v1/chat/completions"
-        answer = _content(fetch(url, headers, timeout, _body(model, image, asks.ask(prompt))))
+        answer = _content(url, fetch(url, headers, timeout, _body(model, image, asks.ask(prompt))))
         try:
-            return asks.read(answer)
+            return np.array([asks.read(answer)], np.float32)
         except ValueError as error:
             raise ValueError(
                 f"reward {name!r}, sample {i} ({prompt!r}): {error} in the answer of {model} at {url}:\n{answer}"
             ) from None
 
-    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    def score(images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]) -> np.ndarray | Incomplete:
         del metadata
         samples = list(zip(range(len(prompts)), np.asarray(images), prompts, strict=True))
-        return np.array(servers.map(send, samples), np.float32)
+        return collected(servers.map(send, samples), [1] * len(samples))
 
     return Reward(name, "host", score)
 
@@ -148,11 +151,11 @@ def _body(model: str, image: np.ndarray, question: str) -> bytes:
     return json.dumps({"model": model, "messages": messages, "temperature": 0, "max_tokens": 4096}).encode()
 
 
-def _content(answer: bytes) -> str:
+def _content(url: str, answer: bytes) -> str:
     try:
         text = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
-        raise Rejected(f"no chat server answers so: {answer[:500]!r}")
+        raise Rejected(f"{url} is no chat server: it answered {answer[:500]!r}")
     return text

@@ -1,6 +1,6 @@
 """The contract that every reward keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -22,9 +22,26 @@ class Score(NamedTuple):
     map: Any = None
 
 
-def as_score(given: Array | Score) -> Score:
-    """What a reward returned, as a Score."""
-    return given if isinstance(given, Score) else Score(given)
+class Missing(NamedTuple):
+    """Why an image has no score, and whether it may have one when it is asked for later: `passing`."""
+
+    why: str
+    passing: bool
+
+
+class Incomplete(NamedTuple):
+    """A `Score` of some images: those in `missing`, by position, have none, whatever stands in value and map."""
+
+    value: Any
+    missing: Mapping[int, Missing]
+    map: Any = None
+
+
+def as_incomplete(given: Array | Score | Incomplete) -> Incomplete:
+    """What a reward returned, and which images are missing of it."""
+    if isinstance(given, Incomplete):
+        return given
+    return Incomplete(given.value, {}, given.map) if isinstance(given, Score) else Incomplete(given, {})
 
 
 @runtime_checkable
@@ -52,13 +69,14 @@ class Reward:
         name: how logs and configs call it.
         where: "device" if `score` only enqueues work on the accelerator, "host" if it keeps the CPU busy.
         score: `(images, prompts, metadata) -> scores`, with images uint8 [B, H, W, 3], B prompts, and for each prompt
-            the dict that came with it from the data; scores are float32 [B], or a `Score`. It may raise: a run stops
-            rather than learn from a made-up score. Scores that are not finite are refused by `score_all`.
+            the dict that came with it from the data; scores are float32 [B], a `Score`, or an `Incomplete`, where some
+            images may be left out. It may raise: a run stops rather than learn from a made-up score. Scores that are
+            not finite are refused by `score_all`.
     """
 
     name: str
     where: Literal["device", "host"]
-    score: Callable[[Images, list[str], list[dict]], Array | Score]
+    score: Callable[[Images, list[str], list[dict]], Array | Score | Incomplete]
 
     @property
     def differentiable(self) -> Differentiable | None:

@@ -1,17 +1,23 @@
 """How rewards are built by name, and asked."""
 
+import collections
 import dataclasses
 import inspect
+import logging
 import pkgutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from mixgrpo_jax.rewards import REWARDS
-from mixgrpo_jax.rewards.contract import Array, Images, Reward, Score, as_score
+from mixgrpo_jax.rewards.contract import Array, Images, Incomplete, Missing, Reward, Score, as_incomplete
 from mixgrpo_jax.rewards.on_device import OnDevice
 
+Chunk = tuple[Images, list[str], list[dict]]
+
+PAUSE = 1.0  # seconds before missing scores are asked for again, beside what a reward itself waits
 FILES = {"weights", "tokenizer", "head"}  # options that name files of a model on the device
 
 
@@ -35,7 +41,10 @@ def _build(name: str, options: dict[str, Any]) -> Reward:
         signature.bind(**options)
     except TypeError as error:
         raise ValueError(f"reward_options.{name}={options}: {error}; {kind} takes {signature}") from None
-    return dataclasses.replace(builder(**options), name=name)
+    try:
+        return dataclasses.replace(builder(**options), name=name)
+    except SystemExit as error:
+        raise RuntimeError(f"reward {name!r} called sys.exit({error.code!r}) as it was built") from error
 
 
 def _builder(name: str, kind: str) -> Callable[..., Reward]:
@@ -69,28 +78,116 @@ def score_all(rewards: Sequence[Reward], images: Images, prompts: list[str], met
     Raises:
         ValueError: if a reward's values are not of shape [B], its map not of shape [B, S], or either is not finite; the
             message names it and the sample.
+        ConnectionError: if a sample has no score.
     """
     return score_chunks(rewards, [(images, prompts, metadata)])
 
 
-def score_chunks(rewards: Sequence[Reward], chunks: Iterable[tuple[Images, list[str], list[dict]]]) -> dict[str, Score]:
+def score_chunks(
+    rewards: Sequence[Reward],
+    chunks: Iterable[Chunk],
+    missing_share: float = 0.0,
+    wait: float = 0.0,
+    waiting: Callable[[], None] = lambda: None,
+) -> dict[str, Score]:
     """`score_all` of images that come in chunks, one chunk behind the other.
 
     While the host scores a chunk, devices are free to make the next one: nothing waits for a device's scores before
     the host's of the last chunk are there.
+
+    Where more than `missing_share` of the images have no score of a reward, those that may have one later are asked for
+    again, for `wait` seconds, after a call of `waiting`. What is missing then is NaN in value and map, and nothing else
+    is; more of it than `missing_share` is a ConnectionError.
     """
     # Device rewards first: they return at once, and compute while the host is busy with the others.
     queue = sorted(rewards, key=lambda reward: reward.where != "device")
-    given: dict[str, list[Score]] = {reward.name: [] for reward in rewards}
+    given: dict[str, list[Incomplete]] = {reward.name: [] for reward in rewards}
     asked: list[list[str]] = []
-    for images, prompts, metadata in chunks:
-        asked.append(prompts)
+    incomplete: dict[str, list[tuple[int, Chunk]]] = {}
+    for i, chunk in enumerate(chunks):
+        asked.append(chunk[1])
         for reward in queue:
-            given[reward.name].append(as_score(reward.score(images, prompts, metadata)))
+            given[reward.name].append(_ask(reward, *chunk))
+            if given[reward.name][i].missing:
+                incomplete.setdefault(reward.name, []).append((i, chunk))
+    for reward in queue:
+        if reward.name in incomplete:
+            allowed = missing_share * sum(map(len, asked))
+            _ask_again(reward, given[reward.name], incomplete[reward.name], allowed, wait, waiting)
     return {name: _joined(name, scores, asked) for name, scores in given.items()}
 
 
-def _joined(name: str, scores: Sequence[Score], asked: Sequence[list[str]]) -> Score:
+def _ask(reward: Reward, images: Images, prompts: list[str], metadata: list[dict]) -> Incomplete:
+    try:
+        return as_incomplete(reward.score(images, prompts, metadata))
+    except SystemExit as error:  # a run that ends so looks finished
+        raise RuntimeError(f"reward {reward.name!r} called sys.exit({error.code!r}): raise an exception") from error
+    except Exception as error:
+        error.add_note(f"This is of the reward {reward.name!r}.")
+        raise
+
+
+def _ask_again(
+    reward: Reward,
+    given: list[Incomplete],
+    incomplete: Sequence[tuple[int, Chunk]],
+    allowed: float,
+    wait: float,
+    waiting: Callable[[], None],
+) -> None:
+    """Ask for what is missing of the chunks `incomplete` until no more than `allowed` is, and fill it in."""
+    end = time.monotonic() + wait
+    while True:
+        missing = [why for i, _ in incomplete for why in given[i].missing.values()]
+        count = f"{len(missing)} images have no score of reward {reward.name!r}"
+        left = end - time.monotonic()
+        if len(missing) <= allowed:
+            break
+        if left <= 0 or not any(why.passing for why in missing):
+            raise ConnectionError(
+                f"{count}, and missing_share allows {allowed:g}: {_reason(missing)}. Mend the servers and start "
+                "the run again, which goes on where it was saved, or raise reward_wait or missing_share"
+            )
+        logging.getLogger(__name__).warning("%s; asking for %.0f s more. %s", count, left, _reason(missing))
+        waiting()
+        time.sleep(min(PAUSE, left))
+        for i, chunk in incomplete:
+            if time.monotonic() < end:
+                given[i] = _completed(reward, given[i], *chunk)
+    if missing:
+        logging.getLogger(__name__).warning("%s, and are left out: %s", count, _reason(missing))
+
+
+def _reason(missing: Sequence[Missing]) -> str:
+    return collections.Counter(why.why for why in missing).most_common(1)[0][0]
+
+
+def _completed(
+    reward: Reward, score: Incomplete, images: Images, prompts: list[str], metadata: list[dict]
+) -> Incomplete:
+    """A score, with what was missing for the time being asked for again."""
+    missing = dict(score.missing)
+    rows = [row for row, why in missing.items() if why.passing]
+    if not rows:
+        return score
+    chosen = np.asarray(images)[rows], [prompts[row] for row in rows], [metadata[row] for row in rows]
+    again = _ask(reward, *chosen)
+    for i, row in enumerate(rows):
+        if i in again.missing:
+            missing[row] = again.missing[i]
+        else:
+            del missing[row]
+
+    def filled(old: Any, new: Any) -> Any:
+        array = np.array(old, np.float32)
+        array[rows] = new
+        return array
+
+    maps = None if score.map is None else filled(score.map, again.map)
+    return Incomplete(filled(score.value, again.value), missing, maps)
+
+
+def _joined(name: str, scores: Sequence[Incomplete], asked: Sequence[list[str]]) -> Score:
     """A reward's scores of all chunks, checked."""
     values = [_value(name, score.value, prompts) for score, prompts in zip(scores, asked)]
     maps = [_map(name, score.map, prompts) for score, prompts in zip(scores, asked) if score.map is not None]
@@ -101,9 +198,10 @@ def _joined(name: str, scores: Sequence[Score], asked: Sequence[list[str]]) -> S
             "positions: return a map for all images, or for none, of as many positions each time"
         )
     everything = [prompt for prompts in asked for prompt in prompts]
+    there = np.array([i not in score.missing for score, prompts in zip(scores, asked) for i in range(len(prompts))])
     return Score(
-        _finite(name, np.concatenate(values), everything),
-        _finite(name, np.concatenate(maps), everything) if maps else None,
+        _finite(name, np.concatenate(values), everything, there),
+        _finite(name, np.concatenate(maps), everything, there) if maps else None,
     )
 
 
@@ -124,9 +222,9 @@ def _map(name: str, array: Array, prompts: list[str]) -> np.ndarray:
     return array
 
 
-def _finite(name: str, array: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """A value [B] or a map [B, S], unless a number in it is not finite."""
-    wrong = ~np.isfinite(array)
+def _finite(name: str, array: np.ndarray, prompts: list[str], there: np.ndarray) -> np.ndarray:
+    """A value [B] or a map [B, S], unless a number that is there, [B], is not finite; NaN of the others."""
+    wrong = ~np.isfinite(array) & there.reshape(-1, *[1] * (array.ndim - 1))
     bad = np.flatnonzero(wrong.reshape(len(array), -1).any(1))
     if bad.size:
         i = bad[0]
@@ -134,4 +232,7 @@ def _finite(name: str, array: np.ndarray, prompts: list[str]) -> np.ndarray:
             f"reward {name!r} gave {array[wrong][0]} for sample {i} ({prompts[i]!r}), and {bad.size} of {len(array)} "
             "scores are not finite: look at that image, or drop the reward from the config"
         )
+    if not there.all():
+        array = array.copy()
+        array[~there] = np.nan
     return array

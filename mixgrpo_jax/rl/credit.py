@@ -74,15 +74,20 @@ class Credit:
     ) -> np.ndarray:
         """Combined and shaped advantages A [B] float32 of the scores {name: [B]}.
 
-        Samples with the same integer in `group` [B] are compared.
+        Samples with the same integer in `group` [B] are compared. One that has NaN for a score was not scored: it is in
+        nobody's statistics, and its advantage is NaN.
 
         >>> Credit().of_samples({"r": np.array([1.0, 0.0, 5.0, 5.0])}, np.array([0, 0, 1, 1]), {"r": 1.0}).round(4)
         array([ 0.7071, -0.7071,  0.    ,  0.    ], dtype=float32)
         """
         rewards = {name: np.asarray(scores[name], np.float64) for name in weights}
+        scored = ~np.any([np.isnan(values) for values in rewards.values()], axis=0)
+        rewards, group = {name: values[scored] for name, values in rewards.items()}, np.asarray(group)[scored]
         combined = self._named("combine")(rewards, group, shares(weights), self)
         shaped = self._named("shape")(combined, group, self)
-        return np.clip(shaped, -self.clip, self.clip).astype(np.float32)
+        advantage = np.full(len(scored), np.nan, np.float32)
+        advantage[scored] = np.clip(shaped, -self.clip, self.clip)
+        return advantage
 
     def over_places(
         self, advantage: np.ndarray, scores: Scores, weights: Mapping[str, float], rollout: Any = None

@@ -24,7 +24,10 @@ class Selection(Protocol):
         """Samples G' that are left of a group."""
 
     def __call__(self, advantage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Advantages [P, G] -> positions in the batch [P', G'] int32, a prompt's together, and weights [P', G']."""
+        """Advantages [P, G] -> positions in the batch [P', G'] int32, a prompt's together, and weights [P', G'].
+
+        A sample with NaN has no score, and gets weight 0 whatever is said here.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class All:
 @dataclass(frozen=True)
 class Extremes:
     """The best and the worst of each group, in their order in the batch (DanceGRPO's best-of-N).
+
+    Samples without a score are taken where there are no others.
 
     Attributes:
       count: of each, so that twice as many are left.
@@ -67,8 +72,10 @@ class Extremes:
         """Positions [P, 2 count], and weights of 1."""
         prompts, group = advantage.shape
         self.kept(group)
-        order = np.argsort(advantage, axis=1, kind="stable")
-        chosen = np.sort(np.concatenate([order[:, : self.count], order[:, group - self.count :]], axis=1), axis=1)
+        order = np.argsort(advantage, axis=1, kind="stable")  # NaN comes last
+        end = np.maximum((~np.isnan(advantage)).sum(1), 2 * self.count)
+        best = np.take_along_axis(order, end[:, None] - np.arange(1, self.count + 1), axis=1)
+        chosen = np.sort(np.concatenate([order[:, : self.count], best], axis=1), axis=1)
         index = chosen + group * np.arange(prompts)[:, None]
         return index.astype(np.int32), np.ones(index.shape, np.float32)
 

@@ -4,16 +4,84 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeGuard
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from mixgrpo_jax.runtime.mesh import make_mesh
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+FAILED, POLL = "mixgrpo_jax/failed", 1.0  # where a process leaves why it failed; seconds between looks at it
+HEARTBEAT = 30  # seconds of silence after which a process that could not say so counts as failed
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """A command among the run's other processes, see `initialize`: when one fails, all end, and say which and why.
+
+    Without it they would wait in a collective for the one that is gone, and it for them as it leaves.
+    """
+    initialize()
+    if jax.process_count() == 1:
+        yield
+        return
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(done,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        done.set()
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        _fail(error)
+    finally:
+        done.set()
+
+
+def _client() -> Any:
+    """Of the store that JAX's processes share, which has no public name."""
+    return jax_distributed.global_state.client
+
+
+def _watch(done: threading.Event) -> None:
+    """End this process when another one has failed."""
+    while not done.wait(POLL):
+        with contextlib.suppress(Exception):  # nothing is there, or nobody who would have it
+            why = _client().key_value_try_get(FAILED)
+            if not done.is_set():
+                _end(f"process {jax.process_index()} ends: {why}")
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Tell the other processes, and end; the first to fail is the one that is named."""
+    what = "; ".join("".join(traceback.format_exception_only(error)).split("\n")).strip("; ")
+    why = f"process {jax.process_index()} of {jax.process_count()} failed: {what}"
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    try:
+        _client().key_value_set(FAILED, why)
+    except Exception:  # another one was first, or process 0 is gone
+        with contextlib.suppress(Exception):
+            why = _client().key_value_try_get(FAILED)
+    if is_first():  # the store is here: let the others look at it
+        time.sleep(3 * POLL)
+    _end(why)
+
+
+def _end(why: str) -> NoReturn:
+    """Leave at once: JAX's own way out waits for the other processes."""
+    print(why, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def initialize() -> None:
@@ -30,9 +98,11 @@ def initialize() -> None:
     if told.get(COUNT) == "1":
         return
     if COUNT in told or INDEX in told:
-        jax.distributed.initialize(**_explicit(told))
+        jax.distributed.initialize(**_explicit(told), heartbeat_timeout_seconds=HEARTBEAT)
     elif _scheduled():
-        jax.distributed.initialize()  # which takes the address from the environment, if it is there
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT
+        )  # which takes the address from the environment, if it is there
     elif told:
         raise ValueError(f"{ADDRESS}={told[ADDRESS]}, but {_set_or_unset([COUNT, INDEX])}")
 

@@ -80,11 +80,18 @@ def traced(iterations: Iterable[int], folder: str | pathlib.Path, start: int, co
 
 
 def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}."""
-    named = {f"{prefix}/{name}": np.asarray(values) for name, values in scores.items()}
+    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out."""
+    named = {f"{prefix}/{name}": scored(values) for name, values in scores.items()}
     return {f"{n}/mean": float(v.mean()) for n, v in named.items()} | {
         f"{n}/std": float(v.std()) for n, v in named.items()
     }
+
+
+def scored(values: Any) -> np.ndarray:
+    """Those of scores [B] that are there; one NaN where none is."""
+    values = np.asarray(values)
+    there = values[~np.isnan(values)]
+    return there if there.size else np.full(1, np.nan)
 
 
 def throughput(

@@ -74,19 +74,30 @@ def load(
         split: "train" or "test".
         data_dir: where the data set lives; by default $MIXGRPO_JAX_DATA, or else ~/.cache/mixgrpo_jax.
         config: "full", or sizes of one's own.
+
+    Raises:
+        ValueError: the data set is not there yet, and the folder cannot be written.
     """
-    data_dir = data_dir or os.environ.get("MIXGRPO_JAX_DATA", "~/.cache/mixgrpo_jax")
-    return grain.MapDataset.source(_build(builder, Path(data_dir).expanduser(), config).as_data_source(split))
+    data_dir = Path(data_dir or os.environ.get("MIXGRPO_JAX_DATA", "~/.cache/mixgrpo_jax"))
+    return grain.MapDataset.source(_build(builder, data_dir, config).as_data_source(split))
 
 
 def _build(builder_type: type[Rendered], data_dir: Path, config: str | Sizes) -> Rendered:
     builder_in = functools.partial(builder_type, config=config, file_format="array_record")
-    builder = builder_in(data_dir=data_dir)
-    if builder.is_prepared():
-        return builder
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir = data_dir.expanduser()
+        builder = builder_in(data_dir=data_dir)
+        if builder.is_prepared():
+            return builder
+        data_dir.mkdir(parents=True, exist_ok=True)
+        begun = tempfile.TemporaryDirectory(dir=data_dir)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise ValueError(
+            f"the data set cannot be written to {data_dir} ({error}): set data.folder, or MIXGRPO_JAX_DATA in the "
+            "environment, to a folder that can be written"
+        ) from None
     # Several processes may get here at once: each builds its own, and the first to finish puts it in place.
-    with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
+    with begun as scratch:
         fresh = builder_in(data_dir=scratch)
         fresh.download_and_prepare()
         target = Path(builder.data_dir)

@@ -81,6 +81,12 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         Filters(**settings)
 
 
+def test_a_list_that_is_not_utf8_is_refused_by_its_line(tmp_path):
+    (tmp_path / "words.txt").write_bytes("fox\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"words\.txt, line 2 is not UTF-8: it has the byte 0xe9; save"):
+        Filters(keep_words=str(tmp_path / "words.txt"))
+
+
 @pytest.mark.parametrize("lines, message", [((), "is empty"), (("fox", "--"), r"words\.txt, line 2: '--' has no word")])
 def test_a_list_without_words_is_refused(tmp_path, lines, message):
     with pytest.raises(ValueError, match=f"drop_words.*{message}"):

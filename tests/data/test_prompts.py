@@ -135,6 +135,38 @@ def test_what_is_no_prompt_is_refused_by_its_line(tmp_path, name, text, message)
         prompts.read(write(tmp_path / name, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", "a red fox\na cat\n".encode("utf-16"), "line 1 is not UTF-8: it has the byte 0xff; save the file as"),
+        ("a.txt", "a red fox\na cat\n".encode("utf-16-le"), "line 1 is not UTF-8: it has the byte 0x00"),
+        ("a.txt", "a cat\nun café\n".encode("latin-1"), r"a\.txt, line 2 is not UTF-8: it has the byte 0xe9"),
+        ("a.jsonl", '{"prompt": "un café"}'.encode("latin-1"), r"a\.jsonl, line 1 is not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "fox \\ud83d"}',
+            r"line 2: prompt=.* has '\\ud83d', which is no char",
+        ),
+        ("a.jsonl", b"[" * 100_000, r"line 1: .* is not JSON \(maximum recursion"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_by_its_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        prompts.read(str(tmp_path / name))
+
+
+def test_a_whole_emoji_in_json_is_text(tmp_path):
+    assert prompts.read(write(tmp_path / "a.jsonl", r'{"prompt": "fox \ud83e\udd8a"}')) == [
+        Prompt("fox \U0001f98a", {})
+    ]
+
+
+def test_a_data_set_that_is_not_utf8_says_where():
+    with pytest.raises(ValueError, match="tfds:x/train, element 3: prompt is not UTF-8"):
+        prompts._plain("tfds:x/train, element 3", "prompt", b"caf\xe9")
+
+
 def test_sources_that_are_not_there_are_named(signs_folder):
     with pytest.raises(ValueError, match=r"prompts='nowhere\.txt' is not there; give a \.txt"):
         prompts.read("nowhere.txt")

@@ -1,12 +1,18 @@
+import base64
+import io
 import json
+import math
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
 
-from mixgrpo_jax.rewards.serving import wire
+from mixgrpo_jax.rewards.contract import Incomplete, Missing
+from mixgrpo_jax.rewards.serving import app, wire
 from mixgrpo_jax.rewards.serving.app import make_app
 from tests.rewards.conftest import brightness
 
@@ -136,7 +142,77 @@ def test_metrics_count(serve, pictures):
     }
 
 
-@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_queue": 0}, {"max_bytes": 0}, {"rewards": {}}])
+def connect(url):
+    return socket.create_connection(url.removeprefix("http://").split(":"), timeout=60)
+
+
+HEAD = f"POST /score HTTP/1.1\r\nHost: here\r\nContent-Type: {wire.ARCHIVE}\r\n"
+
+
+@pytest.mark.parametrize("token", ["", "s3cret"])
+def test_a_body_that_does_not_end_is_cut(serve, monkeypatch, token):
+    monkeypatch.setattr(app, "HEARD", 1 << 20)
+    with connect(serve(token=token, max_bytes=1000)) as connection:
+        connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
+        with pytest.raises(OSError):
+            while True:
+                connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+
+@pytest.mark.parametrize("token", ["", "s3cret"])
+def test_a_body_that_is_late_is_a_408(serve, token):
+    with connect(serve(token=token, max_seconds=1)) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\nabc".encode())
+        said = b"".join(iter(lambda: connection.recv(4096), b""))  # to the end: the connection is closed
+    assert said.startswith(b"HTTP/1.1 408") and b"the body did not come within 1 s, but 3 bytes of it" in said
+
+
+def test_a_caller_who_hangs_up_leaves_no_traceback(serve, capfd, pictures):
+    url = serve()
+    with connect(url) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 100000\r\n\r\nabc".encode())
+    deadline = time.monotonic() + 60
+    while not metrics(url).get('mixgrpo_jax_reward_failures_total{reason="hung_up"}') and time.monotonic() < deadline:
+        time.sleep(0.01)
+    counts = metrics(url)
+    assert counts['mixgrpo_jax_reward_failures_total{reason="hung_up"}'] == 1
+    assert counts["mixgrpo_jax_reward_queue_length"] == 0
+    assert ask(f"{url}/score", body(pictures))[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_may_repeat_what_utf8_cannot_write(serve, pictures):
+    odd = b'{"images": [""], "prompts": ["a"], "\\ud83d": 1}'
+    status, error, _ = ask(f"{serve()}/score", odd, Content_Type=wire.JSON)
+    assert (status, error["code"]) == (400, "bad_request")
+    image = base64.b64encode(npy(pictures[0])).decode()
+    odd = json.dumps({"images": [image], "prompts": ["a"], "\ud83d": 1}).encode()
+    assert ask(f"{serve()}/score", odd, Content_Type=wire.JSON)[1]["field"] == "\ud83d"
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("reward", ["leaves", "misses"])
+def test_a_reward_without_a_score_is_a_500_that_says_so(serve, pictures, reward):
+    def leaves(images, prompts, metadata):
+        raise SystemExit(3)
+
+    def misses(images, prompts, metadata):
+        return Incomplete(np.ones(len(images)), {1: Missing("http://b: refused", passing=True)})
+
+    status, error, _ = ask(f"{serve(locals()[reward])}/score", body(pictures))
+    assert (status, error["code"]) == (500, "reward_failed")
+    assert {"leaves": "SystemExit(3)", "misses": "no score of 1 images: http://b: refused"}[reward] in error["message"]
+
+
+LIMITS = [{"max_batch": 0}, {"max_queue": 0}, {"max_bytes": 0}, {"max_seconds": 0}, {"max_seconds": math.nan}]
+
+
+@pytest.mark.parametrize("limits", [*LIMITS, {"rewards": {}}])
 def test_limits_that_let_nothing_in_are_refused(limits):
     with pytest.raises(ValueError, match="at least 1"):
         make_app(**({"rewards": {"bright": None}} | limits))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mixgrpo_jax.rewards import transport
 from mixgrpo_jax.rewards.chat import RUBRICS, TOKEN, Rubric, chat
+from mixgrpo_jax.rewards.scoring import score_all
 
 ANSWERS = {
     "score": "1. a red house: yes\n2. snow: no\n\nFinal Score: {}",
@@ -37,7 +38,7 @@ def stub(monkeypatch):
 
     Stub.sent = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     Stub.url = f"http://127.0.0.1:{server.server_port}"
     yield Stub
     server.shutdown()
@@ -113,9 +114,21 @@ def test_three_tries(stub, status):
     stub.answer = lambda body: next(tries)
     assert chat(urls=[stub.url]).score(PICTURES[:1], PROMPTS[:1], [{}]) == pytest.approx(0.6)
     stub.answer = lambda body: status
-    with pytest.raises(ConnectionError, match=f"3 tries.*{stub.url}: {status}"):
-        chat(urls=[stub.url]).score(PICTURES[:1], PROMPTS[:1], [{}])
+    with pytest.raises(ConnectionError, match=f"3 tries.*{status}"):
+        score_all([chat(urls=[stub.url])], PICTURES[:1], PROMPTS[:1], [{}])
     assert len(stub.sent) == 6
+
+
+def test_a_picture_that_no_server_can_read_is_missing_alone(stub):
+    stub.answer = lambda body: 500 if "number 2" in question(body) else ANSWERS["semantic"].format(3)
+    given = chat(urls=[stub.url]).score(PICTURES[:5], PROMPTS[:5], [{}] * 5)
+    assert list(given.missing) == [2] and given.value[[0, 1, 3, 4]] == pytest.approx(0.6) and np.isnan(given.value[2])
+
+
+def test_an_answer_too_deep_to_read_is_refused(stub, monkeypatch):
+    monkeypatch.setattr("mixgrpo_jax.rewards.chat.fetch", lambda *args: b"[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{stub.url}/v1/chat/completions is no chat server"):
+        chat(urls=[stub.url]).score(PICTURES[:1], PROMPTS[:1], [{}])
 
 
 def test_a_refusal_is_not_tried_again(stub):
@@ -127,7 +140,7 @@ def test_a_refusal_is_not_tried_again(stub):
 
 def test_an_answer_of_another_form_is_shown(stub):
     stub.answer = lambda body: None
-    with pytest.raises(ValueError, match=r"no chat server answers so.*null"):
+    with pytest.raises(ValueError, match=rf"{stub.url}/v1/chat/completions is no chat server: it answered .*null"):
         chat(urls=[stub.url]).score(PICTURES[:1], PROMPTS[:1], [{}])
 
 

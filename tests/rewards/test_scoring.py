@@ -1,3 +1,4 @@
+import logging
 import math
 import pkgutil
 import typing
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.rewards import REWARDS
-from mixgrpo_jax.rewards.contract import Reward, Score
+from mixgrpo_jax.rewards import REWARDS, scoring
+from mixgrpo_jax.rewards.contract import Incomplete, Missing, Reward, Score
 from mixgrpo_jax.rewards.on_device import OnDevice
 from mixgrpo_jax.rewards.scoring import build, score_all, score_chunks, sketch
 from tests.python import run_program
@@ -164,3 +165,95 @@ def test_values_beside_a_map_are_checked_as_ever():
     bad = Reward("bad", "host", lambda *_: Score([1, np.nan, 0, 0], np.zeros((4, 2))))
     with pytest.raises(ValueError, match=r"'bad' gave nan for sample 1 \('b'\), and 1 of 4 scores are not finite"):
         score_all([bad], IMAGES, PROMPTS, [{}] * 4)
+
+
+AWAY, WRONG = Missing("http://a: refused", passing=True), Missing("http://a: out of memory", passing=False)
+
+
+def failing(*turns, maps=False):
+    """A reward, the number in each prompt, that misses some of the prompts, {prompt: why}, a turn after the other."""
+    turns, asked = list(turns), []
+
+    def score(images, prompts, metadata):
+        asked.append(prompts)
+        assert len(images) == len(prompts) == len(metadata)
+        absent = turns.pop(0) if turns else {}
+        missing = {i: absent[prompt] for i, prompt in enumerate(prompts) if prompt in absent}
+        value = np.array([0.0 if i in missing else float(prompt) for i, prompt in enumerate(prompts)])
+        return Incomplete(value, missing, value[:, None] * [1, 2] if maps else None)
+
+    return Reward("far", "host", score), asked
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(scoring, "PAUSE", 0.001)
+
+
+CHUNKS = [(np.zeros((4, 2, 2, 3), np.uint8), [str(i) for i in range(k, k + 4)], [{}] * 4) for k in (1, 5)]
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_share_may_be_missing_and_is_never_a_number(maps, caplog):
+    reward, asked = failing({"2": AWAY}, {"7": WRONG}, maps=maps)
+    score = score_chunks([reward], CHUNKS, missing_share=0.25, wait=60)["far"]
+    np.testing.assert_array_equal(score.value, np.float32([1, np.nan, 3, 4, 5, 6, np.nan, 8]))
+    assert len(asked) == 2  # within the share, nobody is waited for
+    if maps:
+        np.testing.assert_array_equal(score.map, score.value[:, None] * [1, 2])
+    assert "2 images have no score of reward 'far', and are left out" in caplog.text
+
+
+def test_beyond_the_share_the_run_stops_and_says_why():
+    reward, _ = failing({"2": WRONG}, {"5": WRONG, "7": WRONG})
+    message = "3 images have no score of reward 'far', and missing_share allows 2: http://a: out of memory.*reward_wait"
+    with pytest.raises(ConnectionError, match=message):
+        score_chunks([reward], CHUNKS, missing_share=0.25, wait=60)
+    with pytest.raises(ConnectionError, match=r"1 images.*allows 0"):
+        score_all([failing({"2": WRONG})[0]], *CHUNKS[0])
+
+
+def test_servers_that_are_away_are_waited_for_as_long_as_is_set(quick, caplog):
+    away = {str(i): AWAY for i in range(1, 9)}
+    reward, asked = failing(away, away | {"6": WRONG}, away, away, {}, {"8": AWAY}, maps=True)
+    saved = []
+    score = score_chunks([reward], CHUNKS, missing_share=0.25, wait=60, waiting=lambda: saved.append(len(asked)))["far"]
+    assert saved == [2, 4]  # before servers are asked again
+    np.testing.assert_array_equal(score.value, np.float32([1, 2, 3, 4, 5, np.nan, 7, np.nan]))
+    np.testing.assert_array_equal(score.map, score.value[:, None] * [1, 2])
+    assert asked[-1] == ["5", "7", "8"]  # not what would fail again
+    waits = [record for record in caplog.records if "asking for 60 s more. http://a: refused" in record.message]
+    assert len(waits) == 2 and waits[0].levelno == logging.WARNING
+    reward, asked = failing(*[away] * 4000)
+    with pytest.raises(ConnectionError, match="8 images"):
+        score_chunks([reward], CHUNKS, missing_share=0.25, wait=0.02)
+    assert len(asked) > 2
+
+
+def test_what_is_there_must_be_finite_beside_what_is_missing():
+    def score(images, prompts, metadata):
+        return Incomplete(np.array([np.nan, np.nan, 1, 1]), {0: AWAY})
+
+    with pytest.raises(ValueError, match=r"'half' gave nan for sample 1 \('2'\), and 1 of 4"):
+        score_chunks([Reward("half", "host", score)], CHUNKS[:1], missing_share=0.5)
+
+
+def test_an_error_names_the_reward_that_raised_it():
+    def raises(images, prompts, metadata):
+        return metadata[0]["absent"]
+
+    with pytest.raises(KeyError, match="absent") as error:
+        score_all([Reward("mine", "host", raises)], *CHUNKS[0])
+    assert error.value.__notes__ == ["This is of the reward 'mine'."]
+
+
+def test_a_reward_that_leaves_the_program_stops_the_run_with_an_error(monkeypatch):
+    def leaves(*args, **options):
+        raise SystemExit(0)
+
+    with pytest.raises(RuntimeError, match=r"reward 'mine' called sys.exit\(0\)"):
+        score_all([Reward("mine", "host", leaves)], *CHUNKS[0])
+    monkeypatch.setitem(REWARDS, "mine", f"{__name__}:bright")
+    monkeypatch.setattr(f"{__name__}.bright", leaves)
+    with pytest.raises(RuntimeError, match=r"reward 'mine' called sys.exit\(0\) as it was built"):
+        build(["mine"], {})

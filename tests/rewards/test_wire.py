@@ -85,6 +85,7 @@ def test_the_digest_is_of_all_but_the_id():
         (as_json(rewards="ocr"), "rewards"),
         (as_json(id=7), "id"),
         (as_json(id="x" * 129), "id"),
+        (as_json(id="\ud83d"), "id"),
         (as_json(promts=[]), "promts"),
     ],
 )
@@ -115,6 +116,57 @@ def test_a_bad_archive_names_the_field(body, field):
     with pytest.raises(wire.BadRequest) as error:
         wire.decode(body, wire.ARCHIVE, LIMITS)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (8, 129), (4097, 300)])
+def test_pictures_that_readers_of_text_would_blow_up_are_refused(shape):
+    image, limits = np.zeros((*shape, 3), np.uint8), wire.Limits(images=4, bytes=1 << 30)
+    for body, kind, field in (
+        (archive(images=image[None], request='{"prompts": ["a"]}'), wire.ARCHIVE, "images"),
+        (as_json(images=[png(image)], prompts=["a"]), wire.JSON, "images[0]"),
+        (as_json(images=[npy(image)], prompts=["a"]), wire.JSON, "images"),
+    ):
+        with pytest.raises(wire.BadRequest, match=f"{shape[0]}x{shape[1]}; no side may be over 4096") as error:
+            wire.decode(body, kind, limits)
+        assert error.value.field == field
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<f4", ">f4", "<i8", "?", "U7"])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_headers_of_arrays_are_read_as_numpy_writes_them(dtype, shape):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    for given in (array, np.asfortranarray(array)):
+        for version in ((1, 0), (2, 0), (3, 0)):
+            file = io.BytesIO()
+            np.lib.format.write_array(file, given, version)
+            read = wire._array(file.getvalue())
+            np.testing.assert_array_equal(read, given)
+            assert read.dtype == given.dtype
+    for bad in (file.getvalue()[:-1], file.getvalue() + b"x", file.getvalue()[:60], b""):
+        with pytest.raises(ValueError, match="an array that cannot be read"):
+            wire._array(bad)
+
+
+def test_headers_are_not_read_as_python(monkeypatch):
+    """Python's parser is shared by threads, and once in thousands of calls it fails for one of them."""
+    monkeypatch.delattr("ast.literal_eval")
+    np.testing.assert_array_equal(wire.decode(wire.encode(REQUEST), wire.ARCHIVE, LIMITS).images, IMAGES)
+    wire.decode(as_json(images=[npy(image) for image in IMAGES]), wire.JSON, LIMITS)
+
+
+def locked():
+    body = bytearray(wire.encode(REQUEST))
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = body.find(signature)
+        while at >= 0:
+            body[at + flags] |= 1
+            at = body.find(signature, at + 4)
+    return bytes(body)
+
+
+def test_an_archive_with_a_password_is_bad():
+    with pytest.raises(wire.BadRequest, match=r"no .npz archive.*encrypted"):
+        wire.decode(locked(), wire.ARCHIVE, LIMITS)
 
 
 def test_other_types_are_refused():

@@ -50,6 +50,19 @@ def test_normalised_advantages_ignore_scales_and_raw_rewards_do_not():
     assert np.abs(raw - advantages(SCORES, GROUPS, WEIGHTS, by_advantage)).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "config", [Credit(), Credit("rewards", trim=0.3), Credit(mean_scope="batch", std_scope="batch")]
+)
+def test_a_sample_without_a_score_is_in_nobodys_statistics(config):
+    absent = {"a": [1, 7], "b": [7, 8]}
+    scores = {name: np.where(np.isin(np.arange(12), absent[name]), np.nan, SCORES[name]) for name in SCORES}
+    there = ~np.isin(np.arange(12), [1, 7, 8])
+    result = advantages(scores, GROUPS, WEIGHTS, config)
+    alone = advantages({name: values[there] for name, values in SCORES.items()}, GROUPS[there], WEIGHTS, config)
+    np.testing.assert_array_equal(result[there], alone)
+    assert np.isnan(result[~there]).all() and result.dtype == np.float32
+
+
 def test_weights_are_shares():
     result = advantages(SCORES, GROUPS, {"a": 1.0, "b": 1.0})
     parts = [advantages(SCORES, GROUPS, {name: 1.0}) for name in "ab"]

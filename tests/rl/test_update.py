@@ -297,6 +297,16 @@ def test_extremes_by_hand():
     np.testing.assert_array_equal(Extremes(3)(advantage)[0], everything)
 
 
+def test_extremes_take_what_has_a_score_first():
+    nan = np.nan
+    advantage = np.array([[0.3, nan, 2.0, 0.1, -0.5, 0.3], [nan, 1.0, nan, 2.0, nan, nan], [nan] * 6])
+    index, _ = Extremes(2)(advantage)
+    assert (
+        index[0].tolist() == [2, 3, 4, 5] and {7, 9} < set(index[1]) and len(set(index[1])) == len(set(index[2])) == 4
+    )
+    assert Extremes(1)(advantage)[0][:2].tolist() == [[2, 4], [7, 9]]
+
+
 def test_extremes_of_everything_are_everything(weighted):
     params = moved(weighted.params, 0.02)
     index, _ = Extremes(2)(np.asarray(weighted.batch.advantage).reshape(2, 4))

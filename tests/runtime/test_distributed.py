@@ -1,5 +1,9 @@
 """What the environment tells of the run's processes; what two real ones do is in test_two_processes.py."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -56,7 +60,8 @@ def initialise(monkeypatch):
     ],
 )
 def test_several_processes_are_joined_and_one_is_left_alone(initialise, tpu, environment, expected):
-    assert initialise(tpu, **environment) == expected
+    silence = {"heartbeat_timeout_seconds": distributed.HEARTBEAT}
+    assert initialise(tpu, **environment) == (None if expected is None else expected | silence)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +152,41 @@ def test_every_row_has_a_process_and_every_process_a_row(monkeypatch, rows, proc
         assert positions.size and (distributed._take(images, positions) == images[positions]).all()
         taken.extend(positions)
     assert set(taken) == set(range(rows))
+
+
+FAILING = """
+import sys
+import jax
+from jax.experimental import multihost_utils
+from mixgrpo_jax.runtime import distributed
+
+who, how = sys.argv[1:]
+with distributed.joined():
+    multihost_utils.sync_global_devices("start")
+    if jax.process_index() == int(who):
+        exec(how)
+    if who != "2":
+        multihost_utils.sync_global_devices("end")
+print("left")
+"""
+
+
+@pytest.mark.parametrize(("who", "how"), [(2, ""), (1, "raise KeyError('tag')"), (0, "sys.exit('a line')")])
+def test_a_process_that_fails_ends_the_others_which_say_why(who, how):
+    command = [sys.executable, "-c", FAILING, str(who), how]
+    started = [
+        subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for told in distributed.on_loopback(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in started]  # JAX's own barrier takes 300 s
+    finally:
+        for process in started:
+            process.kill()
+    for index, (process, (out, err)) in enumerate(zip(started, said)):
+        if who == 2:
+            assert process.returncode == 0 and out.endswith("left\n")
+            continue
+        why = {1: "process 1 of 2 failed: KeyError: 'tag'", 0: "process 0 of 2 failed: SystemExit: a line"}[who]
+        assert process.returncode == 1 and err.splitlines()[-1].endswith(why)
+        assert index != who or ("Traceback" in err) == (who == 1)

@@ -34,6 +34,9 @@ def test_means_and_throughput():
     expected = {"reward/a/mean": 2.0, "reward/a/std": 1.0, "reward/b/mean": 3.0, "reward/b/std": 2**0.5}
     assert metrics.means("reward", scores) == pytest.approx(expected, rel=1e-12)
     assert all(type(value) is float for value in metrics.means("reward", scores).values())
+    with_none = {"a": np.array([np.nan, 1.0, np.nan, 3.0], np.float32), "b": np.full(2, np.nan)}
+    expected |= {"reward/b/mean": np.nan, "reward/b/std": np.nan}
+    assert metrics.means("reward", with_none) == pytest.approx(expected, nan_ok=True)
     timer = metrics.PhaseTimer()
     timer.seconds = {"rollout": 1.0, "reward": 2.0, "update": 1.0}
     result = metrics.throughput(timer, samples=8, flops=1.0, devices=1)

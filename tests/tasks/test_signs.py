@@ -117,6 +117,16 @@ def test_second_load_reads_what_the_first_one_wrote(train, data_dir, config, mon
     assert signs.load("train", data_dir, config)[3]["prompt"] == train[3]["prompt"]
 
 
+def test_a_home_that_cannot_be_written_is_named_with_the_remedy(config, monkeypatch):
+    monkeypatch.delenv("MIXGRPO_JAX_DATA", raising=False)
+    monkeypatch.setenv("HOME", "/proc/self")
+    message = "cannot be written to /proc/self/.cache/mixgrpo_jax .*set data.folder, or MIXGRPO_JAX_DATA"
+    with pytest.raises(ValueError, match=message):
+        signs.load("train", None, config)
+    with pytest.raises(ValueError, match="cannot be written to /proc/self/data"):
+        signs.load("train", "/proc/self/data", config)
+
+
 def test_another_process_may_finish_the_same_build_first(tmp_path, config, monkeypatch):
     build = signs.Signs.download_and_prepare
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -13,9 +14,14 @@ from mixgrpo_jax.rewards.serving.batching import Batcher, ScoreError
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi.responses import PlainTextResponse
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError("serving rewards needs FastAPI and uvicorn: pip install 'mixgrpo_jax[serve]'") from error
+
+
+HEARD = 32 << 20  # bytes of a body that are heard out though they are not wanted: who is sending hears no answer
+CLOSE = {"Connection": "close"}
 
 
 class Refused(Exception):
@@ -32,6 +38,7 @@ def make_app(
     max_batch: int = 64,
     max_queue: int = 64,
     max_bytes: int = 256 << 20,
+    max_seconds: float = 60.0,
 ) -> FastAPI:
     """An application with /score, /health and /metrics.
 
@@ -41,16 +48,17 @@ def make_app(
         max_batch: images scored at once, and the most that a request may hold.
         max_queue: requests in hand beyond which others are told to come again.
         max_bytes: of a request's body, and of its images once they are decoded.
+        max_seconds: in which the whole of a body has to come.
 
     Raises:
         ValueError: no rewards, or a limit that lets nothing in.
     """
-    if not rewards or min(max_batch, max_queue, max_bytes) < 1:
+    if not rewards or min(max_batch, max_queue, max_bytes) < 1 or not max_seconds >= 1:
         raise ValueError(
-            f"rewards={list(rewards)}, max_batch={max_batch}, max_queue={max_queue}, max_bytes={max_bytes}: name a "
-            "reward, and let each limit be at least 1"
+            f"rewards={list(rewards)}, max_batch={max_batch}, max_queue={max_queue}, max_bytes={max_bytes}, "
+            f"max_seconds={max_seconds}: name a reward, and let each limit be at least 1"
         )
-    service = _Service(rewards, token, max_queue, wire.Limits(max_batch, max_bytes))
+    service = _Service(rewards, token, max_queue, wire.Limits(max_batch, max_bytes, seconds=max_seconds))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -78,10 +86,13 @@ class _Service:
 
     async def score(self, request: Request) -> Response:
         try:
-            response: Response = JSONResponse(await self._answer(request))
+            response = _json(await self._answer(request))
         except (Refused, wire.BadRequest, wire.TooLarge, ScoreError) as error:
             response, code = _failure(error)
             self.batcher.counters.add("failures_total", reason=code)
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody hears it
+            self.batcher.counters.add("failures_total", reason="hung_up")
         self.batcher.counters.add("requests_total", status=str(response.status_code))
         return response
 
@@ -95,7 +106,7 @@ class _Service:
             "max_batch": self.limits.images,
             "max_bytes": self.limits.bytes,
         }
-        return JSONResponse({"status": "ok"} | (served if trusted else {}))
+        return _json({"status": "ok"} | (served if trusted else {}))
 
     async def metrics(self, request: Request) -> Response:
         if not self._is_trusted(request):
@@ -108,28 +119,43 @@ class _Service:
         return not self.token or hmac.compare_digest(said.encode(), f"Bearer {self.token}".encode())
 
     async def _answer(self, request: Request) -> dict[str, Any]:
-        if not self._is_trusted(request):
-            raise _unauthorized()
-        if self.in_hand >= self.max_queue:
-            raise Refused(503, "busy", f"{self.in_hand} requests are in hand: come again", {"Retry-After": "1"})
-        self.in_hand += 1
+        refusal = self._refusal(request)
+        self.in_hand += refusal is None
         try:
-            kind = request.headers.get("content-type", "")
-            asked, digest = await asyncio.to_thread(self._decode, await self._body(request), kind)
+            body = await self._body(request, keep=refusal is None)
+            if refusal:
+                raise refusal
+            asked, digest = await asyncio.to_thread(self._decode, body, request.headers.get("content-type", ""))
             scores = await self.batcher.score(asked, digest)
         finally:
-            self.in_hand -= 1
+            self.in_hand -= refusal is None
         return {"id": asked.id, "scores": {name: values.tolist() for name, values in scores.items()}}
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, read to its end even where it is too long: a caller who is still sending hears no answer."""
-        body, size = bytearray(), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= self.limits.bytes:
-                body += chunk
-        if size > self.limits.bytes:
-            raise wire.TooLarge(f"the body has {size} bytes; the limit is {self.limits.bytes}")
+    def _refusal(self, request: Request) -> Refused | None:
+        if not self._is_trusted(request):
+            return _unauthorized()
+        if self.in_hand >= self.max_queue:
+            return Refused(503, "busy", f"{self.in_hand} requests are in hand: come again", {"Retry-After": "1"})
+        return None
+
+    async def _body(self, request: Request, keep: bool) -> bytes:
+        """The body, read to its end where it is too long or not to be kept: a caller who is still sending hears no
+        answer. One that goes on far beyond the limit, or does not end in time, is cut."""
+        body, size, limit = bytearray(), 0, self.limits.bytes
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if keep and size <= limit:
+                        body += chunk
+                    if size > max(HEARD, limit if keep else 0):
+                        message = f"the body has {size} bytes and more; the limit is {limit}"
+                        raise Refused(413, "too_large", message, CLOSE)
+        except TimeoutError:
+            message = f"the body did not come within {self.limits.seconds:g} s, but {size} bytes of it"
+            raise Refused(408, "too_slow", message, CLOSE) from None
+        if keep and size > limit:
+            raise wire.TooLarge(f"the body has {size} bytes; the limit is {limit}")
         return bytes(body)
 
     def _decode(self, body: bytes, kind: str) -> tuple[wire.Request, bytes]:
@@ -154,4 +180,9 @@ def _failure(error: Exception) -> tuple[Response, str]:
         status, code, details = 400, "bad_request", {"field": error.field}
     elif isinstance(error, ScoreError):
         code, details = error.code, {"reward": error.reward, "sample": error.sample}
-    return JSONResponse({"error": {"code": code, "message": str(error)} | details}, status, headers), code
+    return _json({"error": {"code": code, "message": str(error)} | details}, status, headers), code
+
+
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in ASCII: what a request holds, and an error repeats, need not be text that UTF-8 can write."""
+    return Response(json.dumps(content), status, headers, "application/json")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixgrpo_jax.rewards.contract import Reward, as_score
+from mixgrpo_jax.rewards.contract import Reward, as_incomplete
 from mixgrpo_jax.rewards.serving.wire import BadRequest, Request
 
 PREFIX = "mixgrpo_jax_reward_"
@@ -165,10 +165,14 @@ class Batcher:
             padded = min(1 << (count - 1).bit_length(), self.max_batch)
             index = np.minimum(np.arange(padded), count - 1)
         try:
-            scores = reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index])
-            scores = np.asarray(as_score(scores).value, np.float32)
-        except Exception as error:
+            given = reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index])
+            value, missing, _ = as_incomplete(given)
+            scores = np.asarray(value, np.float32)
+        except (Exception, SystemExit) as error:
             raise ScoreError("reward_failed", name, f"reward {name!r} failed: {error!r}") from error
+        if missing:
+            why = next(iter(missing.values())).why
+            raise ScoreError("reward_failed", name, f"reward {name!r} has no score of {len(missing)} images: {why}")
         if scores.shape != index.shape:
             raise ScoreError(
                 "reward_failed", name, f"reward {name!r} gave shape {scores.shape} for {len(index)} images"
