@@ -60,8 +60,8 @@ def attention(
     scale = q.shape[2 if tokens_last else 3] ** -0.5 if scale is None else scale
     mesh = jax.sharding.get_abstract_mesh()
     cut = mesh.shape.get("context", 1) > 1 and bias is None
-    own = dict(kernel=kernel, bias=bias, scale=scale, length=length, tokens_last=tokens_last)
-    on_device = functools.partial(_on_device, **own)
+    own: dict[str, Any] = dict(kernel=kernel, bias=bias, scale=scale, length=length, tokens_last=tokens_last)
+    on_device: Any = functools.partial(_on_device, **own)
     if mesh.empty or (kernel != "splash" and not cut):
         return on_device(q, k, v)
     batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[head])

@@ -20,12 +20,14 @@ def joined(parts: tuple[jax.Array, ...], kernel: Any) -> jax.Array:
     """The product of parts [..., d], which are not joined along the last axis, and a kernel [d_in, d_out]."""
     if not isinstance(kernel, jax.Array | np.ndarray):
         return kernel.joined(*parts)
-    return sum((x @ w for x, w in zip(parts[1:], _rows(kernel, parts)[1:])), parts[0] @ _rows(kernel, parts)[0])
+    return functools.reduce(jnp.add, (x @ w for x, w in zip(parts, _rows(kernel, parts))))
 
 
 def tokens_last(x: jax.Array, kernel: Any) -> jax.Array:
     """[B, S, d_in] by a kernel [d_in, d_out] -> [B, d_out, S]."""
-    return kernel.T @ x.swapaxes(1, 2) if isinstance(kernel, jax.Array | np.ndarray) else kernel.tokens_last(x)
+    if not isinstance(kernel, jax.Array | np.ndarray):
+        return kernel.tokens_last(x)
+    return jnp.matmul(kernel.T, x.swapaxes(1, 2))
 
 
 def gathered(block: Any, dtype: Any, reduce_dtype: Any) -> Any:
@@ -113,7 +115,7 @@ def _product_backward(cut: Cut, dtype: Any, reduce_dtype: Any, last: bool, kept:
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _rows(kernel: jax.Array, parts: Any) -> list[jax.Array]:
+def _rows(kernel: Any, parts: Any) -> list[jax.Array]:
     """The rows that meet each part."""
     ends = np.cumsum([x.shape[-1] for x in parts])
     return [kernel[end - x.shape[-1] : end] for x, end in zip(parts, ends)]
@@ -143,7 +145,7 @@ def _summed(parts: Any, gradient: jax.Array, cut: Cut, dtype: Any) -> jax.Array:
 
     spread_over = P(batch, tokens) if tokens else P(batch)
     left = set(mesh.axis_names) - set(mesh.manual_axes)
-    given = dict(in_specs=(spread_over, spread_over), out_specs=P(*cut), axis_names=left, check_vma=False)
+    given: Any = dict(in_specs=(spread_over, spread_over), out_specs=P(*cut), axis_names=left, check_vma=False)
     return jax.shard_map(on_device, **given)(parts, gradient)
 
 
