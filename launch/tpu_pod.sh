@@ -8,8 +8,9 @@
 #
 # Requests the slice, waits until it is ACTIVE, installs and starts on every worker, and watches. A slice that is FAILED,
 # SUSPENDED or gone is deleted and requested again, and the run goes on from its last checkpoint; so the workdir must be
-# where all workers, and those of the next slice, find it. A run that fails on a healthy slice is not started again: the
-# end of its log is shown, and the slice stays. Run this where it can stay (tmux); started again, it goes on watching.
+# where all workers, and those of the next slice, find it. A run that SIGTERM stopped has saved what was finished, and is
+# started again on a slice that stays. One that fails on a healthy slice is not: the end of its log is shown, and the
+# slice stays. Run this where it can stay (tmux); started again, it goes on watching.
 #
 #   --name=NAME --zone=ZONE   of the queued resource and of its node
 #   --project=PROJECT         by default gcloud's own
@@ -77,6 +78,13 @@ watch() {
     case $status in
       0) return 0 ;;
       running) continue ;;
+      143) # SIGTERM: the run is saved
+        sleep "$poll"
+        [[ $(state) == ACTIVE ]] || return 1
+        say "the run was stopped by SIGTERM on a slice that stays; it goes on"
+        start || return 1
+        continue
+        ;;
     esac
     sleep "$poll" # a lost worker stops the others before the slice's state says so
     [[ $(state) == ACTIVE ]] || return 1

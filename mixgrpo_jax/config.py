@@ -433,6 +433,19 @@ def load(name: str, beside: str, *args: str) -> Section:
     return runpy.run_path(str(path))["get_config"](*args)
 
 
+def from_values(values: Mapping[str, Any]) -> Section:
+    """A config of values as JSON has them. Raises ValueError or KeyError for what is no field."""
+    config, values = base(), dict(values)
+    for section in TABLES:
+        fields = dict(values.pop(section))
+        config[section] = choose(section, fields.pop("name"), **fields)
+    config.averages = {name: average(name, **fields) for name, fields in values.pop("averages").items()}
+    for name in ("rewards", "reward_options", "terms"):
+        config[name] = ml_collections.ConfigDict(values.pop(name))
+    config.update(values)
+    return config
+
+
 @dataclass(frozen=True)
 class Settings:
     """A checked config: its typed parts, and the arithmetic that follows from it."""

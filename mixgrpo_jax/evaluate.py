@@ -1,12 +1,14 @@
 """Score a policy on held-out prompts.
 
-    python -m mixgrpo_jax.evaluate --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m mixgrpo_jax.evaluate --workdir=runs/quickstart
 
-Uses the newest checkpoint in workdir, or without one the model's folder. `--config.evaluation.average=''` takes the raw
+Uses the newest checkpoint in workdir (with --base the model's folder), and the config of its run (or --config), whose
+fields are flags: `--config.evaluation.average=''` takes the raw
 parameters, `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
 """
 
 import pathlib
+import sys
 from typing import Any
 
 from absl import app, flags, logging
@@ -15,18 +17,22 @@ from ml_collections import config_flags
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
+from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.runtime import distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import scored
 
 
-def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
-    """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores."""
+def evaluate(config: Any, workdir: str | pathlib.Path, *, base: bool = False) -> dict[str, float]:
+    """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores.
+
+    With `base` the policy is not what the run in `workdir` has trained, but what it began with.
+    """
     settings = configs.resolve(config)
     text = config.data.name != "features"
     mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
     parts, policy, trainable, frozen = load_policy(settings, mesh, text=text)
-    trained, source = restore_trained(settings, parts, workdir, trainable.params)
+    trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     held_out = HeldOut(settings, policy, load_rewards(settings), trainable.attach)
     images, scores = held_out.assess(trained, frozen)
     if distributed.is_first():
@@ -40,10 +46,11 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
 @distributed.joined()
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.WARNING)
-    evaluate(_CONFIG.value, _WORKDIR.value)
+    evaluate(_CONFIG.value, _WORKDIR.value, base=_BASE.value)
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    app.run(main)
+    _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")
+    app.run(main, with_own_config(sys.argv))

@@ -1,13 +1,15 @@
 """Draw pictures for prompts.
 
-    python -m mixgrpo_jax.sample --config=configs/quickstart.py --workdir=runs/quickstart \\
+    python -m mixgrpo_jax.sample --workdir=runs/quickstart \\
         --prompt="a blue sign that says 4270 in white" --prompt="a pink sign that says 8 in black"
 
-Uses the newest checkpoint in workdir, or without one the model's folder, and the sampler of the config's `evaluation`
-section. Writes workdir/samples/NNN.png, and page.png with all of them in the prompts' order.
+Uses the newest checkpoint in workdir (with --base the model's folder), the config of its run (or --config), and the
+sampler of its `evaluation` section, whose fields are flags. Writes workdir/samples/NNN.png, and page.png with all of
+them in the prompts' order.
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import make_draw
 from mixgrpo_jax.engine.loading import load_policy, restore_trained
+from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.flow.rollout import initial_noise
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.runtime import distributed, report
@@ -28,18 +31,24 @@ from mixgrpo_jax.runtime import mesh as meshes
 
 
 def sample(
-    config: Any, workdir: str | pathlib.Path, prompts: Sequence[str], noise: np.ndarray | None = None
+    config: Any,
+    workdir: str | pathlib.Path,
+    prompts: Sequence[str],
+    noise: np.ndarray | None = None,
+    *,
+    base: bool = False,
 ) -> np.ndarray:
     """Draw one picture for each prompt, write them, and return them [N, H, W, 3] uint8.
 
-    Picture n has the noise of (config.seed, n), whatever the other prompts are, unless `noise` [N, S, C] is given.
+    Picture n has the noise of (config.seed, n), whatever the other prompts are, unless `noise` [N, S, C] is given. With
+    `base` the policy is not what the run in `workdir` has trained, but what it began with.
     """
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
     mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
     parts, policy, trainable, frozen = load_policy(settings, mesh)
-    trained, source = restore_trained(settings, parts, workdir, trainable.params)
+    trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()
     if first:
@@ -70,11 +79,12 @@ def write(folder: pathlib.Path, images: np.ndarray) -> None:
 @distributed.joined()
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.WARNING)
-    sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value)
+    sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value, base=_BASE.value)
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", required=True)
-    app.run(main)
+    _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")
+    app.run(main, with_own_config(sys.argv))

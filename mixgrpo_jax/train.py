@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
@@ -39,7 +40,7 @@ from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
-from mixgrpo_jax.runtime.files import locked, replaced
+from mixgrpo_jax.runtime.files import locked
 from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
@@ -202,6 +203,7 @@ def _begin(
     that is damaged is set aside.
     """
     settings, before = collector.settings, workdir / "before.npz"
+    changed = workdirs.check(settings.config, workdir) if checkpoints.latest is not None else {}
     while checkpoints.latest is not None:
         damage = None
         try:
@@ -216,11 +218,13 @@ def _begin(
             continue
         if distributed.is_first():
             print(f"Resumed at iteration {planned.iteration}, from {checkpoints.folder}")
+            if planned.iteration >= settings.config.iterations:
+                print(f"iterations={settings.config.iterations} are finished, and nothing is trained: raise iterations")
+        workdirs.record(settings.config, workdir, changed, planned.iteration)
         return found, planned, upcoming, Assessment.load(before)
     assessment = held_out.assess(state.params, collector.frozen)
+    workdirs.record(settings.config, workdir)
     if distributed.is_first():
-        with replaced(workdir / "config.json") as path:
-            path.write_text(settings.config.to_json_best_effort(indent=2) + "\n")
         assessment.save(before)
     return state, settings.planner.initial(), None, assessment
 
@@ -245,6 +249,7 @@ def describe(
 ) -> dict[str, Any]:
     """An iteration's metrics: of its scores, its advantages, its updates, and what it cost in evaluations."""
     values = {name: score.value for name, score in scores.items()}
+    by_group = np.nan_to_num(lesson.advantage).reshape(settings.batch.prompts, -1)
     stochastic = [(s, steps) for s, steps in zip(settings.planner.layout, drawn.plan.segments) if s.sde]
     line = (
         metrics.means("reward", {name: values[name] for name in settings.rewards})
@@ -252,6 +257,7 @@ def describe(
         | summarise(learned, settings.objective)
         | {"advantage/abs_mean": np.abs(metrics.scored(lesson.advantage)).mean()}
         | {"advantage/missing": int(np.isnan(lesson.advantage).sum())}
+        | {"advantage/flat_groups": int((by_group == 0).all(1).sum())}  # which teach nothing
     )
     if stochastic:  # where it begins first, of all prompts
         line |= {"window/start": int(stochastic[0][1].address[0].min())}

@@ -115,7 +115,7 @@ def settings(folder):
 def test_sample_draws_what_diffusers_draws(pipeline, folder, tmp_path):
     tokens = (SIZE[0] // 16) * (SIZE[1] // 16)
     noise = np.random.default_rng(0).standard_normal((2, tokens, 16)).astype(np.float32)
-    ours = sample(settings(folder), tmp_path, PROMPTS, noise)
+    ours = sample(settings(folder), tmp_path, PROMPTS, noise, base=True)
     assert ours.std() > 5
     assert np.abs(ours.astype(int) - draw(pipeline, noise)).max() <= 1
 
@@ -158,7 +158,7 @@ def test_trained_on_cached_features_and_exported_to_diffusers(pipeline, folder, 
 
     noise = np.random.default_rng(1).standard_normal((2, 15, 16)).astype(np.float32)
     ours = sample(config, tmp_path / "run", PROMPTS, noise).astype(int)
-    before = sample(config, tmp_path / "start", PROMPTS, noise)
+    before = sample(config, tmp_path, PROMPTS, noise, base=True)
     assert np.abs(ours - draw(trained, noise)).max() <= 1
     assert np.abs(ours - before).max() >= 2
 
@@ -184,7 +184,7 @@ def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
         config.evaluation.trained_steps = steps
         pictures[steps] = sample(config, tmp_path, PROMPTS, noise)
     config.evaluation.trained_steps = None
-    np.testing.assert_array_equal(pictures[0], sample(config, tmp_path / "base", PROMPTS, noise))
+    np.testing.assert_array_equal(pictures[0], sample(config, tmp_path, PROMPTS, noise, base=True))
     np.testing.assert_array_equal(pictures[STEPS], pictures[None])
     assert pictures[2].std() > 5
     assert (pictures[2] != pictures[0]).any() and (pictures[2] != pictures[None]).any()

@@ -10,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine.workdir import check
 from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.io import weights
@@ -161,11 +162,23 @@ def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
     return version
 
 
-def restore_trained(settings: Settings, parts: Parts, workdir: str | pathlib.Path, trained: Any) -> tuple[Any, str]:
-    """Trained parameters (an average or raw) from the newest checkpoint of workdir, else `trained`; and where from."""
+def restore_trained(
+    settings: Settings, parts: Parts, workdir: str | pathlib.Path, trained: Any, base: bool = False
+) -> tuple[Any, str]:
+    """Trained parameters (an average or raw) from the newest checkpoint of workdir; and where from, in words.
+
+    With `base` they are those given, from before training. Raises ValueError for a workdir without a checkpoint, or of
+    a run of another model.
+    """
+    if base:
+        return trained, settings.model.folder or "the shipped checkpoint"
     checkpoints, average = Checkpoints(workdir), settings.evaluation.average
     if checkpoints.latest is None:
-        return trained, settings.model.folder or "the shipped checkpoint"
+        raise ValueError(
+            f"workdir={str(workdir)!r} holds no checkpoint: let the run save one, or take the model's folder as it is, "
+            "with --base"
+        )
+    check(settings.config, workdir, reads=True)
     version = version_of(checkpoints.restore_host(), checkpoints)
     found = converted(checkpoints.restore_part(average_path(average, version), trained), version, parts.table)
     return _finite(found, checkpoints), f"iteration {checkpoints.latest} ({average or 'params'})"

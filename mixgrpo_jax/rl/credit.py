@@ -139,21 +139,25 @@ TABLES: dict[str, dict[str, Callable]] = {
 
 
 def normalise(reward: np.ndarray, group_id: np.ndarray, credit: Credit) -> np.ndarray:
-    """(r - mean) / (std + epsilon) for one reward [B]."""
+    """(r - mean) / (std + epsilon) for one reward [B]; 0 where that is 0 / 0."""
     batch = np.zeros_like(group_id)
     kept = _untrimmed(reward, group_id, credit.trim)
     mean, _ = _statistics(reward, group_id if credit.mean_scope == "group" else batch, kept, credit.ddof)
     if credit.std_scope == "none":
         return reward - mean
     _, std = _statistics(reward, group_id if credit.std_scope == "group" else batch, kept, credit.ddof)
-    return (reward - mean) / (std + credit.epsilon)
+    scale = std + credit.epsilon
+    return np.divide(reward - mean, scale, out=np.zeros_like(reward), where=scale > 0)
 
 
 def _statistics(reward, ids, kept, ddof):
-    """Mean and std of the kept rewards that share an id, spread back to [B]."""
+    """Mean and std of the kept rewards that share an id, spread back to [B]; equal ones have exactly their mean."""
     _, ids = np.unique(ids, return_inverse=True)
     count = np.bincount(ids, kept)
-    mean = (np.bincount(ids, kept * reward) / count)[ids]
+    lowest, highest = np.full(len(count), np.inf), np.full(len(count), -np.inf)
+    np.minimum.at(lowest, ids[kept > 0], reward[kept > 0])
+    np.maximum.at(highest, ids[kept > 0], reward[kept > 0])
+    mean = np.clip(np.bincount(ids, kept * reward) / count, lowest, highest)[ids]
     variance = np.bincount(ids, kept * (reward - mean) ** 2) / np.maximum(count - ddof, 1)
     return mean, np.sqrt(variance)[ids]
 

@@ -1,7 +1,9 @@
 """Save and resume a run: the train state and the host's state, in one Orbax checkpoint."""
 
 import functools
+import gc
 import json
+import logging
 import math
 import operator
 import pathlib
@@ -151,6 +153,7 @@ class Checkpoints:
         if not every and not self.directory.is_dir():
             self._manager: Any = None
         else:
+            _quiet()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saving = 0
         self._read: tuple[int | None, dict] = (None, {})  # of the checkpoint whose host state this is
@@ -195,10 +198,13 @@ class Checkpoints:
             yield
         except Exception as error:
             why = (str(error) or repr(error)).strip().splitlines()[0]
-            raise OSError(
-                f"the checkpoint of iteration {self._saving} could not be written to {self.directory}, which keeps "
-                f"{_these(self._manager.all_steps(read=True))}: {why}"
-            ) from None
+        else:
+            return
+        gc.collect()  # what waits to write tells of itself at the program's end, where it can no longer be silenced
+        raise OSError(
+            f"the checkpoint of iteration {self._saving} could not be written to {self.directory}, which keeps "
+            f"{_these(self._manager.all_steps(read=True))}: {why}"
+        )
 
     def restore_host(self) -> dict:
         """The host state of the newest checkpoint. Raises `Damaged`."""
@@ -346,6 +352,23 @@ class Checkpoints:
 
 def _best(metrics: Mapping[str, float]) -> float:
     return metrics["best"]
+
+
+def _quiet() -> None:
+    """Keep from the terminal what Orbax and TensorStore say in hundreds of lines of a failed save, beside its error."""
+    logger = logging.getLogger("absl")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+        before = sys.excepthook
+        sys.excepthook = lambda kind, error, trace: _echoes(error) or before(kind, error, trace)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+def _echoes(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _these(steps: Sequence[int]) -> str:

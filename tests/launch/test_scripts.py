@@ -185,6 +185,17 @@ def test_a_run_that_fails_on_a_healthy_slice_is_not_repeated(world):
     assert verbs(world) == ["create", "install", "start"]
 
 
+def test_a_run_that_sigterm_stopped_goes_on_where_the_slice_stays(world):
+    stopped = ("train.exit\\ 2", 0, "143")
+    world.answers(ABSENT, ACTIVE, ACTIVE, stopped, ACTIVE, ACTIVE, stopped, SUSPENDED, SUSPENDED,
+                  ABSENT, ACTIVE, ACTIVE, FINISHED)  # fmt: skip
+    result = world.run("tpu_pod.sh", *SCRIPTS["tpu_pod.sh"])
+    assert result.returncode == 0, result.stderr
+    first = ["create", "install", "start", "start", "delete"]  # started again once, then the slice is lost
+    assert verbs(world) == [*first, "create", "install", "start", "delete"]
+    assert "stopped by SIGTERM on a slice that stays" in result.stderr
+
+
 def test_an_ssh_that_fails_is_not_the_runs_end(world):
     world.answers(ABSENT, ACTIVE, ACTIVE, ("train.exit\\ 2", 255, ""), ACTIVE, FINISHED)
     assert world.run("tpu_pod.sh", *SCRIPTS["tpu_pod.sh"], "--keep").returncode == 0

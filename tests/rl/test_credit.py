@@ -178,3 +178,11 @@ def test_names_are_looked_up_when_the_settings_are_made(field):
 
 def test_shares_sum_to_one():
     assert shares({"a": 1.0, "b": 3.0}) == {"a": 0.25, "b": 0.75}
+
+
+@pytest.mark.parametrize("combine", ["advantages", "rewards"])
+def test_equal_rewards_teach_nothing_also_without_epsilon(combine):
+    rewards = {"r": np.array([0.1] * 3 + [0.3, 0.1, 0.2])}  # the mean of three 0.1 is not 0.1
+    advantage = Credit(combine=combine, epsilon=0.0).of_samples(rewards, np.repeat([0, 1], 3), {"r": 1.0})
+    np.testing.assert_allclose(advantage, [0, 0, 0, 1, -1, 0], atol=1e-6)
+    assert (advantage[:3] == 0).all()

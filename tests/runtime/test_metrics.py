@@ -108,3 +108,16 @@ def test_the_iterations_asked_for_are_traced(monkeypatch):
     assert run(4, 2) == [3, "profile", 4, 5, "stop", 6]
     assert run(1, 3) == ["profile", 3, "stop", 4, 5, 6]  # of a run that goes on from its second
     assert run(6, 3) == [3, 4, 5, "profile", 6, "stop"]
+
+
+def test_a_begun_run_has_no_lines_and_a_resumed_one_says_which_it_lacks(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n{"iteration": 0}\n[1]\n{"iteration": 3, "a": NaN}\n{"iteration": 4}\n{"iterat')
+    metrics.MetricWriter(tmp_path, resume_at=3).write(4, {"a": np.float32(np.nan), "b": np.inf, "c": None})
+    said = capsys.readouterr().err
+    assert "line 3, 6 (2 in all) cannot be read" in said and "no line of iteration 1, 2 (2 in all)" in said
+    assert [line["iteration"] for line in metrics.read(path)] == [0, 3, 4]
+    assert path.read_text().splitlines()[-1] == '{"iteration": 4, "a": null, "b": null, "c": null}'
+    metrics.MetricWriter(tmp_path)
+    assert path.read_text() == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
