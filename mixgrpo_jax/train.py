@@ -146,12 +146,15 @@ def _saving(checkpoints: Checkpoints, notice: Notice, last: Callable[[], Finishe
     """A run that is told to stop saves what is finished, and says so; what is not is discarded."""
     try:
         yield
-    except Stopped as stopped:
+    except BaseException as error:
+        if not isinstance(error, Stopped) and not notice.raised:
+            raise
+        stopped = error if isinstance(error, Stopped) else Stopped(notice.number, together=False)
         begun = time.monotonic()
         state = last()
         if state is not None:
             checkpoints.save(state, force=True)
-        checkpoints.close()
+        checkpoints.wait()
         if distributed.is_first():
             waited, took = begun - notice.since, time.monotonic() - begun
             saved = f"iteration {checkpoints.latest} is saved" if checkpoints.latest else "no iteration was finished"
@@ -161,7 +164,7 @@ def _saving(checkpoints: Checkpoints, notice: Notice, last: Callable[[], Finishe
                 file=sys.stderr,
                 flush=True,
             )
-        raise
+        raise stopped from None
 
 
 def _keep(checkpoints: Checkpoints, notice: Notice, last: Finished | None) -> None:

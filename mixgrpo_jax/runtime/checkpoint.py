@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -146,7 +147,6 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_best if best else None,
             create=every > 0,
-            read_only=every == 0,
         )
         self._every, self._best, self._seconds, self._saved_at = every, best, 60 * minutes, time.monotonic()
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -273,8 +273,8 @@ class Checkpoints:
 
     def _expect(self, item: str, prefix: str, abstract: Any, whole: bool) -> dict[str, Any]:
         """The stored leaves by path. Raises ValueError where they are not those that are asked for."""
-        with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(self.folder / item).item_metadata.tree
+        with self._reading():
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder / item)).tree
             leaves = jax.tree_util.tree_leaves_with_path({item: tree})
             stored = {_name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
         saved = self.sums
@@ -342,12 +342,17 @@ class Checkpoints:
         if jax.process_index() == 0:
             print(f"WARNING: {why}, and the run goes on from iteration {self.latest}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Wait for saves under way, and let go. Raises OSError where the last one failed."""
-        if manager := self._manager:
+    def wait(self) -> None:
+        """Wait for the save under way. Raises OSError where it failed."""
+        if self._manager:
             with self._writing():
-                manager.wait_until_finished()
-            manager.close()
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the save under way, and let go; raises as `wait`."""
+        self.wait()
+        if self._manager:
+            self._manager.close()
 
 
 def _best(metrics: Mapping[str, float]) -> float:

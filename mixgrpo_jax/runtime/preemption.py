@@ -36,6 +36,7 @@ class Notice:
 
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
+        self.raised = False  # where it came, in code that may turn the exception into another
         self._held, self._turn, self._agrees = 0, 0, False
 
     @contextlib.contextmanager
@@ -58,6 +59,7 @@ class Notice:
         self.number, self.since = number, time.monotonic()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self._held and not self._agrees:
+            self.raised = True
             raise Stopped(number, together=False)
 
     @contextlib.contextmanager
