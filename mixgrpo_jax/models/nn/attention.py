@@ -18,6 +18,7 @@ Backend = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION_BACKENDS = get_args(Backend)
 
 LANES = 128
+LARGE = 2560  # keys of a tile of the backward kernel; 16 MiB of a TPU's fast memory hold them and their gradients
 BLOCKS = (512, 384, 256)  # rows of a tile; up to 1024 compile for a TPU v5e, but take longer to
 
 
@@ -122,13 +123,16 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, length: int, *, scale: flo
     (b, h), rows, s, d = q.shape[:2], q.shape[at], k.shape[at], q.shape[5 - at]
     block_q, block_kv = block_size(rows), block_size(s)
     pad_q, pad_kv = -rows % block_q, -s % block_kv
+    tiles = (s + pad_kv) // block_kv
+    large_kv = block_kv * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n * block_kv <= LARGE)
     mask = splash_attention_mask.FullMask((rows + pad_q, s + pad_kv))
     layout = splash.QKVLayout.SEQ_MINOR if tokens_last else splash.QKVLayout.HEAD_DIM_MINOR
     kernel = splash.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * (b * h)),
-        # One backward kernel for dq, dk and dv computes the scores once, and stores a partial dq for each column.
+        # One backward kernel for dq, dk and dv computes the scores once, and stores a partial dq for each tile of keys:
+        # so these are large, and worked on in parts.
         block_sizes=splash.BlockSizes(
-            *(block_q, block_kv, block_kv, block_q, block_kv, block_kv),
+            *(block_q, block_kv, block_kv, block_q, large_kv, block_kv),
             use_fused_bwd_kernel=True,
             q_layout=layout,
             k_layout=layout,
