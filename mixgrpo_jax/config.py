@@ -99,6 +99,7 @@ class Model:
     text_length: T5 tokens of a prompt, padding included.
     guidance: the embedded guidance scale that the transformer is told.
     dtype: of the matrix products; master weights are fp32.
+    reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
     remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block".
     attention: the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
     lora: rank 0 trains all parameters.
@@ -110,6 +111,7 @@ class Model:
     text_length: int = _number(12, at_least=1)
     guidance: float = _number(3.5, at_least=0)
     dtype: str = "float32"
+    reduce_dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -117,6 +119,7 @@ class Model:
     def __post_init__(self):
         _check_numbers(self, "model")
         _choice("model.dtype", self.dtype, DTYPES)
+        _choice("model.reduce_dtype", self.reduce_dtype, DTYPES)
         _choice("model.remat", self.remat, REMAT)
         _choice("model.attention", self.attention, ATTENTION_BACKENDS)
 

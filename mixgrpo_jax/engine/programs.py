@@ -50,14 +50,11 @@ class Programs(NamedTuple):
 def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: Any) -> Programs:
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
     policy = parts.family.make(parts, settings.model)
-    for what, tokens in (
-        ("model.image_size", policy.latent_shape[0]),
-        ("model.text_length", settings.model.text_length),
-    ):
-        if tokens % mesh.shape["context"]:
-            raise ValueError(
-                f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of {what}: choose a divisor"
-            )
+    if (tokens := settings.model.text_length) % mesh.shape["context"]:  # those of a picture are padded
+        raise ValueError(
+            f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of model.text_length: choose a "
+            "divisor"
+        )
     whole: Any = meshes.replicated(mesh)
     chunks = decode_chunks(settings.samples, settings.batch.decode, meshes.batch_ways(mesh))
     sampled = rollout_places(settings, mesh)
