@@ -100,7 +100,8 @@ class Model:
     guidance: the embedded guidance scale that the transformer is told.
     dtype: of the matrix products; master weights are fp32.
     reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
-    remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block".
+    remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block"; "auto" is the
+      one that fits a device, see `engine.programs.fit`.
     attention: the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
     lora: rank 0 trains all parameters.
     """
@@ -168,7 +169,8 @@ class BatchSizes:
     prompts: of an iteration.
     group: samples a prompt.
     updates: optimiser steps an iteration.
-    micro_batch: samples of each device in a forward and backward pass, at most, see `share`.
+    micro_batch: samples of each device in a forward and backward pass, at most, see `share`; with model.remat="auto"
+      no more than fit.
     decode: samples of each device that are decoded at a time, at most; the host scores them meanwhile.
     shared_noise: whether a group starts from one noise, and shares its prefix.
     """
@@ -488,11 +490,12 @@ class Settings:
         """The numbers that users get wrong, in words, where samples are spread over `ways` devices."""
         batch, planner = self.batch, self.planner
         stochastic = sum(segment.steps for segment in planner.layout if segment.sde)
+        each = share(self.update_samples, batch.micro_batch, ways)
         return (
             f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates "
             f"of {self.update_samples} samples x {planner.num_trained} steps in {self.passes(ways)} passes "
             f"of {self.micro_batch(ways)}; {planner.num_steps} steps, {stochastic} stochastic, {planner.num_trained} "
-            "trained"
+            f"trained; {each} samples of a device in a pass, remat {self.model.remat!r}"
         )
 
 

@@ -26,7 +26,7 @@ from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
-from mixgrpo_jax.engine.programs import idle, make_programs, rollout_fsdp
+from mixgrpo_jax.engine.programs import fit, idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
@@ -124,6 +124,7 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, T
     prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
     rewards = load_rewards(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
+    settings = fit(settings, parts, mesh)
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
         print(settings.arithmetic(meshes.batch_ways(mesh)))
