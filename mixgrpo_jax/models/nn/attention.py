@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.models.nn.placement import BATCH_AXES, HEAD_AXES, TOKEN_AXES, dividing
@@ -18,6 +19,7 @@ Backend = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION_BACKENDS = get_args(Backend)
 
 LANES = 128
+BY_HEAD = 2**13  # scores of a head from which on a CPU computes one head at a time; fewer are not worth a loop's turn
 LARGE = 2560  # keys of a tile of the backward kernel; 16 MiB of a TPU's fast memory hold them and their gradients
 BLOCKS = (512, 384, 256)  # rows of a tile; up to 1024 compile for a TPU v5e, but take longer to
 
@@ -60,9 +62,12 @@ def attention(
     at, head = (3, 1) if tokens_last else (1, 2)  # the axes of tokens and of heads
     scale = q.shape[2 if tokens_last else 3] ** -0.5 if scale is None else scale
     mesh = jax.sharding.get_abstract_mesh()
-    cut = mesh.shape.get("context", 1) > 1 and bias is None
+    many = not mesh.empty and mesh.size > 1
+    by_head = kernel == "xla" and _platform(mesh) == "cpu" and q.shape[1] * k.shape[1] >= BY_HEAD
+    by_head &= not (many and bias is not None)  # a loop over samples that lie apart would gather them
+    cut = (many and by_head) or (mesh.shape.get("context", 1) > 1 and bias is None)
     own: dict[str, Any] = dict(kernel=kernel, bias=bias, scale=scale, length=length, tokens_last=tokens_last)
-    on_device: Any = functools.partial(_on_device, **own)
+    on_device: Any = functools.partial(_on_device, by_head=by_head, **own)
     if mesh.empty or (kernel != "splash" and not cut):
         return on_device(q, k, v)
     batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[head])
@@ -87,7 +92,17 @@ def form(tokens: int, dtype: jnp.dtype, backend: Backend) -> tuple[int, bool]:
     return -(-own // tile) * tile * ways, fused
 
 
-def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias: Any, length: Any, **own) -> jax.Array:
+def _platform(mesh: AbstractMesh) -> str:
+    """Of the mesh's devices, which need not be here, or the default one."""
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _on_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, by_head: bool, bias: Any, length: Any, **own
+) -> jax.Array:
+    if by_head:
+        return checkpoint_name(_by_head(q, k[:, :length], v[:, :length], bias, own["scale"]), ATTENTION)
     if kernel == "splash":
         return _splash(q, k, v, k.shape[3 if own["tokens_last"] else 1] if length is None else length, **own)
     lengths = None if length is None else jnp.full(len(k), length, jnp.int32)
@@ -97,6 +112,27 @@ def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias
     y = y.reshape(*y.shape[:2], -1)
     # The fused kernels' residuals are kept where they are made; a second name would keep the output twice.
     return checkpoint_name(y, ATTENTION) if kernel == "xla" else y
+
+
+def _by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, scale: float) -> jax.Array:
+    """softmax(scale q k^T + bias) v for a CPU, a sample's head at a time -> [B, Q, H d].
+
+    The scores of one head stay in the cache, where all of them would be written and read at each step of the softmax;
+    the backward pass computes them again for the same reason.
+    """
+    (b, rows, h, _), dtype = q.shape, q.dtype
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def head(index: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        if bias is not None:
+            scores += biases[tuple(0 if n == 1 else i for n, i in zip(biases.shape, index))]
+        return jax.nn.softmax(scores, axis=-1).astype(dtype) @ v
+
+    biases = None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    each = (x.swapaxes(1, 2).reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
+    y = jax.lax.map(lambda args: head(*args), (jnp.divmod(jnp.arange(b * h), h), *each))
+    return y.reshape(b, h, rows, -1).swapaxes(1, 2).reshape(b, rows, -1)
 
 
 def _choose(backend: Backend, dtype: jnp.dtype, biased: bool) -> Kernel:
