@@ -25,9 +25,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
@@ -43,7 +42,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.samples import Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
-from mixgrpo_jax.runtime import chips, compiler, hlo, schedule
+from mixgrpo_jax.runtime import app, chips, compiler, hlo, schedule
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
@@ -334,7 +333,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x4.", required=True)
     _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(families.architectures()), "Without a folder.")
     _SMALLEST = flags.DEFINE_bool("smallest", False, "Look for the smallest slice of every kind that fits.")

@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from clu import parameter_overview
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
@@ -33,7 +32,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import compiler, distributed, metrics, report
+from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.tasks import load_task
@@ -265,6 +264,6 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     app.run(main)
