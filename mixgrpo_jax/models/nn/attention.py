@@ -125,13 +125,13 @@ def _by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, scale: float) 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def head(index: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
-        if bias is not None:
-            scores += biases[tuple(0 if n == 1 else i for n, i in zip(biases.shape, index))]
+        for each in biases:
+            scores += each[tuple(0 if n == 1 else i for n, i in zip(each.shape, index))]
         return jax.nn.softmax(scores, axis=-1).astype(dtype) @ v
 
-    biases = None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    each = (x.swapaxes(1, 2).reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
-    y = jax.lax.map(lambda args: head(*args), (jnp.divmod(jnp.arange(b * h), h), *each))
+    biases = [] if bias is None else [bias.reshape((1,) * (4 - bias.ndim) + bias.shape)]
+    inputs = (x.swapaxes(1, 2).reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
+    y = jax.lax.map(lambda args: head(*args), (jnp.divmod(jnp.arange(b * h), h), *inputs))
     return y.reshape(b, h, rows, -1).swapaxes(1, 2).reshape(b, rows, -1)
 
 
