@@ -316,11 +316,20 @@ class Evaluation:
 class Saves:
     """When a run is saved.
 
-    every: iterations between saves. keep: so many, the last ones, stay.
+    Beside these, the last finished iteration is saved when a run is told to stop.
+
+    every: iterations between saves. The first that is finished is saved too.
+    minutes: after which an iteration is saved out of turn; 0 is never.
+    keep: so many, the last ones, stay.
+    keep_every: and each whose iteration is a multiple of it; 0 is none.
+    best: and the one with the largest of this metric of metrics.jsonl, "held_out/strict/mean"; "" is none.
     """
 
     every: int = _number(25, at_least=1)
+    minutes: float = _number(0.0, at_least=0)
     keep: int = _number(2, at_least=1)
+    keep_every: int = _number(0, at_least=0)
+    best: str = ""
 
     def __post_init__(self):
         _check_numbers(self, "checkpoint")

@@ -13,6 +13,7 @@ has trained, as load_lora_weights opens them. Parameters are read and written on
 """
 
 import contextlib
+import functools
 import pathlib
 import resource
 import shutil
@@ -34,7 +35,7 @@ from mixgrpo_jax.models.io.transformer import Source
 from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.runtime import app
-from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, host_sum
 
 TARGETS = ("orbax", "diffusers", "lora")
 DTYPES = ("", "bfloat16", "float32")
@@ -124,24 +125,33 @@ def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
     if latest is None:
         raise ValueError(f"{workdir}/checkpoints holds no finished checkpoint: let the run save one")
     version, state = version_of(checkpoints.restore_host(), checkpoints), checkpoints.folder / "state"
-    checkpoints.close()
-    trained = orbax_io.lazy_restore(state, average_path(_average(settings, state, version, which), version))
+    part = average_path(_average(settings, state, version, which), version)
+    trained = orbax_io.lazy_restore(state, part)
     expected = family.transformer.skeleton(base.config)
     if config.rank:
         expected = jax.eval_shape(lambda key: lora.init(config, expected, key), jax.random.key(0))
     weights.check_shapes(expected, trained, f"{workdir}, iteration {latest},")
-    trained = converted(trained, version, base.transformer.table(base.config))
-    return Run(base, config, jax.tree.map(lambda leaf: _finite(leaf, state.parent), trained))
+    leaves = traverse_util.flatten_dict(trained, sep="/")
+    leaves = {path: _checked(leaf, "/".join(["state", *part, path]), checkpoints) for path, leaf in leaves.items()}
+    trained = traverse_util.unflatten_dict(leaves, sep="/")
+    return Run(base, config, converted(trained, version, base.transformer.table(base.config)))
 
 
-def _finite(leaf: Lazy, folder: pathlib.Path) -> Lazy:
-    """The parameter, which is refused as it is read where it is not finite."""
+def _checked(leaf: Lazy, name: str, checkpoints: Checkpoints) -> Lazy:
+    """The parameter, which is refused as it is read where it is not finite, or not what was saved."""
+
+    @functools.cache
+    def verify() -> None:
+        values = leaf[()]
+        checkpoints.verify({name: host_sum(values)})
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{checkpoints.folder} holds parameters that are not finite: remove it, to convert the one before"
+            )
 
     def read(index: Any) -> np.ndarray:
-        values = leaf[index]
-        if not np.isfinite(values).all():
-            raise ValueError(f"{folder} holds parameters that are not finite: remove it, to convert the one before")
-        return values
+        verify()
+        return leaf[index]
 
     return Lazy(leaf.shape, leaf.dtype, read)
 

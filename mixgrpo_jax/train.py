@@ -8,9 +8,12 @@ checkpoints/, before_after.png and rewards.png; with profile.start a trace of so
 """
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +37,9 @@ from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
-from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
+from mixgrpo_jax.runtime.files import locked, replaced
+from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
 
@@ -48,73 +53,120 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     settings = configs.resolve(config)
     mesh, workdir = meshes.make_mesh(config.mesh, samples=settings.update_samples), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    saves = settings.checkpoint
-    # The mesh is set for the attention kernels that are placed by hand. A run that fails finishes the save under way.
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, saves.every, saves.keep)) as checkpoints:
-        return _train(settings, workdir, mesh, checkpoints)
+    notice = Notice()
+    # The mesh is set for the attention kernels that are placed by hand.
+    with jax.set_mesh(mesh), notice.watched(), locked(workdir) if distributed.is_first() else contextlib.nullcontext():
+        checkpoints = Checkpoints(workdir, **dataclasses.asdict(settings.checkpoint))
+        with _closing(checkpoints):
+            return _train(settings, workdir, mesh, checkpoints, notice)
 
 
-def _train(settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Finish the save under way, also of a run that fails, whose error is then told."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+def _train(
+    settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints, notice: Notice
+) -> dict[str, np.ndarray]:
     planner, total = settings.planner, settings.config.iterations
     parts, collector, held_out, state = _set_up(settings, mesh)
+    fresh = checkpoints.latest is None
     state, planned, upcoming, before = _begin(state, parts, collector, held_out, workdir, checkpoints)
-    writer, after = metrics.MetricWriter(workdir, resume_at=planned.iteration), None
-    if planned.iteration == 0:
+    writer, after = metrics.MetricWriter(workdir, None if fresh else planned.iteration), None
+    if fresh and before:
         writer.write(0, metrics.means("held_out", before.scores))
 
+    last: Finished | None = None  # what can be saved, if it is not yet
+    timer = metrics.PhaseTimer()
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
     profile = settings.profile
-    for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
-        timer, done, begun = metrics.PhaseTimer(), iteration + 1, host_state(planned)
+    with notice.agreed(), _saving(checkpoints, notice, lambda: last):
+        for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
+            done = iteration + 1
 
-        with timer("rollout"):
-            on_policy = upcoming is None
-            drawn = upcoming or collector.take(state, planned)
-            jax.block_until_ready(drawn.sampled)
-            planned, upcoming = planner.advance(planned), None
-            if settings.config.one_step_off_policy and done < total:
-                upcoming = collector.take(state, planned)
+            with timer("rollout"):
+                on_policy = upcoming is None
+                drawn = upcoming or collector.take(state, planned)
+                notice.wait(drawn.sampled)
+                planned, upcoming = planner.advance(planned), None
+                if settings.config.one_step_off_policy and done < total:
+                    upcoming = collector.take(state, planned)
 
-        with timer("decode"):  # of the first pictures; the others are made while these are scored
-            jax.block_until_ready(drawn.images[0])
+            with timer("decode"):  # of the first pictures; the others are made while these are scored
+                notice.wait(drawn.images[0])
+            notice.agree()
 
-        with timer("reward"):
-            ahead = drawn.sampled if settings.config.one_step_off_policy and not on_policy else None
-            keep = functools.partial(_keep, checkpoints, iteration, state, begun, ahead)
-            scores = collector.score(drawn, waiting=keep)
-            lesson = collector.learn(drawn, scores)
+            with timer("reward"):
+                scores = collector.score(drawn, waiting=functools.partial(_keep, checkpoints, notice, last))
+                lesson = collector.learn(drawn, scores)
+            notice.agree()
 
-        with timer("rollout"):  # what of the next one the rewards did not hide
-            jax.block_until_ready(upcoming and (upcoming.sampled, upcoming.images))
+            with notice.held():  # the update takes the last state's buffers over
+                with timer("rollout"):  # what of the next one the rewards did not hide
+                    jax.block_until_ready(upcoming and (upcoming.sampled, upcoming.images))
 
-        with timer("update"):
-            state, learned = collector.programs.update(state, collector.frozen["base"], *lesson.given)
-            learned = jax.device_get(learned)
+                with timer("update"):
+                    state, learned = collector.programs.update(state, collector.frozen["base"], *lesson.given)
+                    learned = jax.device_get(learned)
 
-        check_finite(learned, done)
-        check_on_policy(settings, learned, drawn.plan, on_policy)
-        line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
-        if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
-            with timer("evaluation"):
-                after = held_out.assess(chosen_average(settings, state), collector.frozen)
-            line |= metrics.means("held_out", after.scores)
-        with timer("checkpoint"):
-            host, samples = host_state(planned), upcoming and upcoming.sampled
-            checkpoints.save(done, state, host, samples, force=done == total)
-        line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
-        writer.write(done, line)
-        progress.set_postfix(metrics.brief(line))
+                check_finite(learned, done)
+                check_on_policy(settings, learned, drawn.plan, on_policy)
+                line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
+                if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
+                    with timer("evaluation"):
+                        after = held_out.assess(chosen_average(settings, state), collector.frozen)
+                    line |= metrics.means("held_out", after.scores)
+                last = finished(done, state, host_state(planned), upcoming and upcoming.sampled, line)
+                line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
+                writer.write(done, line)  # before the save: a run that goes on from it has the line
+                progress.set_postfix(metrics.brief(line))
+                timer = metrics.PhaseTimer()  # a save's seconds are in the next line
+                with timer("checkpoint"):
+                    checkpoints.save(last, force=done == total)
+            notice.agree()
 
     after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
     _report(workdir, held_out, before, after)
     return after.scores
 
 
-def _keep(checkpoints: Checkpoints, iteration: int, state: TrainState, host: dict, samples: Any) -> None:
+@contextlib.contextmanager
+def _saving(checkpoints: Checkpoints, notice: Notice, last: Callable[[], Finished | None]) -> Iterator[None]:
+    """A run that is told to stop saves what is finished, and says so; what is not is discarded."""
+    try:
+        yield
+    except Stopped as stopped:
+        begun = time.monotonic()
+        state = last()
+        if state is not None:
+            checkpoints.save(state, force=True)
+        checkpoints.close()
+        if distributed.is_first():
+            waited, took = begun - notice.since, time.monotonic() - begun
+            saved = f"iteration {checkpoints.latest} is saved" if checkpoints.latest else "no iteration was finished"
+            print(
+                f"\n{stopped.name}: stopped after {waited:.1f} s, and {saved} after {took:.1f} s more, in "
+                f"{checkpoints.directory}. Started again, the run goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
+def _keep(checkpoints: Checkpoints, notice: Notice, last: Finished | None) -> None:
     """Save what is finished while reward servers are waited for. Several processes save together or not at all."""
-    if iteration and jax.process_count() == 1:
-        checkpoints.save(iteration, state, host, samples, force=True)
+    if last and jax.process_count() == 1:
+        with notice.held():
+            checkpoints.save(last, force=True)
 
 
 def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, TrainState]:
@@ -143,23 +195,34 @@ def _begin(
     held_out: HeldOut,
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
-) -> tuple[TrainState, Any, Drawn | None, Assessment]:
+) -> tuple[TrainState, Any, Drawn | None, Assessment | None]:
     """The state of the policy and of the planner, samples that are drawn ahead, and the held-out scores of before.
 
-    A run that was stopped resumes: the planner's state, and with it the whole host state, is in the checkpoint.
+    A run that was stopped resumes: the planner's state, and with it the whole host state, is in the checkpoint. One
+    that is damaged is set aside.
     """
-    settings, upcoming = collector.settings, None
-    planned, before = settings.planner.initial(), workdir / "before.npz"
-    if checkpoints.latest is not None:
-        state, planned = restore_run(checkpoints, state, planned, parts.table)
-        if settings.config.one_step_off_policy and checkpoints.has_samples():
-            upcoming = collector.take(state, planned, saved=checkpoints)
-        return state, planned, upcoming, Assessment.load(before)
+    settings, before = collector.settings, workdir / "before.npz"
+    while checkpoints.latest is not None:
+        damage = None
+        try:
+            found, planned = restore_run(checkpoints, state, settings.planner.initial(), parts.table)
+            upcoming = None
+            if settings.config.one_step_off_policy and checkpoints.has_samples():
+                upcoming = collector.take(found, planned, saved=checkpoints)
+        except Damaged as error:
+            damage = error
+        if distributed.anywhere(damage is not None):
+            checkpoints.set_aside(str(damage or f"{checkpoints.folder} cannot be read by another process"))
+            continue
+        if distributed.is_first():
+            print(f"Resumed at iteration {planned.iteration}, from {checkpoints.folder}")
+        return found, planned, upcoming, Assessment.load(before)
     assessment = held_out.assess(state.params, collector.frozen)
     if distributed.is_first():
-        (workdir / "config.json").write_text(settings.config.to_json_best_effort(indent=2) + "\n")
+        with replaced(workdir / "config.json") as path:
+            path.write_text(settings.config.to_json_best_effort(indent=2) + "\n")
         assessment.save(before)
-    return state, planned, None, assessment
+    return state, settings.planner.initial(), None, assessment
 
 
 def chosen_average(settings: Settings, state: TrainState) -> Any:
@@ -167,10 +230,12 @@ def chosen_average(settings: Settings, state: TrainState) -> Any:
     return state.averages[settings.evaluation.average] if settings.evaluation.average else state.params
 
 
-def _report(workdir: pathlib.Path, held_out: HeldOut, before: Assessment, after: Assessment) -> None:
+def _report(workdir: pathlib.Path, held_out: HeldOut, before: Assessment | None, after: Assessment) -> None:
     if distributed.is_first():
-        print(f"before\n{table(before.scores, held_out.groups)}\nafter\n{table(after.scores, held_out.groups)}")
-        pictures = {"before": before.images, "after": after.images}
+        shown = {"before": before, "after": after} if before else {"after": after}
+        for when, assessment in shown.items():
+            print(f"{when}\n{table(assessment.scores, held_out.groups)}")
+        pictures = {when: assessment.images for when, assessment in shown.items()}
         report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
         report.curve(workdir)
 

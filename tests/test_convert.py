@@ -18,7 +18,7 @@ from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rl.update import init_state
-from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from tests.models.test_release import released
 from tests.python import run_program
@@ -136,9 +136,9 @@ def save_run(workdir, base, settings, trained, averages, version=VERSION):
     if version == 1:
         state, host = FirstState(state.params, state.opt_state, state.averages.get("ema"), state.step), {"window": {}}
         rules = {"optimizer": {"ema_decay": 0.9 if averages else 0.0}}
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(1, jax.tree.map(jnp.zeros_like, state), {}, force=True)
-    checkpoints.save(2, state, host, force=True)
+    checkpoints = Checkpoints(workdir, 1)
+    checkpoints.save(finished(1, jax.tree.map(jnp.zeros_like, state), {}))
+    checkpoints.save(finished(2, state, host)._replace(sums={}) if version < 3 else finished(2, state, host))
     checkpoints.close()
     model = {"folder": str(base.parent), "transformer": "", "lora": dataclasses.asdict(settings)}
     (workdir / "config.json").write_text(json.dumps({"seed": 0, "model": model} | rules))

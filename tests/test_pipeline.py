@@ -20,7 +20,7 @@ from mixgrpo_jax.flow.plans.window import WindowState
 from mixgrpo_jax.models import families, lora
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rl.update import Average, init_state
-from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
 from mixgrpo_jax.sample import sample
 from mixgrpo_jax.tasks.signs import data as signs
 
@@ -174,10 +174,9 @@ def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
         {"ema": Average()},
     )
     moved = jax.tree.map(lambda leaf: leaf + 0.3, state.params)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(
-        1, state._replace(params=moved, averages={"ema": moved}), host_state(WindowState(0, 0, 1)), force=True
-    )
+    checkpoints = Checkpoints(tmp_path, 1)
+    state = state._replace(params=moved, averages={"ema": moved})
+    checkpoints.save(finished(1, state, host_state(WindowState(0, 0, 1))))
     checkpoints.close()
 
     pictures = {}

@@ -2,6 +2,9 @@
 
 import functools
 import pathlib
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
 from mixgrpo_jax.runtime import compiler, distributed
+from mixgrpo_jax.runtime.files import replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
@@ -51,16 +55,21 @@ class Assessment(NamedTuple):
     scores: dict[str, np.ndarray]
 
     def save(self, path: pathlib.Path) -> None:
-        """Write both to a .npz file."""
+        """Write both to a .npz file, whole."""
         arrays: dict[str, Any] = {"images": self.images, **self.scores}
-        np.savez_compressed(path, **arrays)
+        with replaced(path) as temporary:
+            np.savez_compressed(temporary, **arrays)
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> "Assessment":
-        """Read what `save` wrote."""
-        with np.load(path) as file:
-            scores = {name: file[name] for name in file.files}
-        return cls(scores.pop("images"), scores)
+    def load(cls, path: pathlib.Path) -> "Assessment | None":
+        """Read what `save` wrote; None, with a warning, where it is not there or broken."""
+        try:
+            with np.load(path) as file:
+                scores = {name: file[name] for name in file.files}
+            return cls(scores.pop("images"), scores)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            print(f"WARNING: {path} cannot be read, and nothing is compared with it: {error}", file=sys.stderr)
+            return None
 
 
 class HeldOut:

@@ -69,7 +69,8 @@ def restore_run(
 ) -> tuple[TrainState, Any]:
     """The newest state, and the planner's, laid out as these; of an earlier version, they are converted.
 
-    `table` is of the transformer's tensors. Raises ValueError for a later version, or for what cannot be converted.
+    `table` is of the transformer's tensors. Raises ValueError for a later version, or for what cannot be converted, and
+    `Damaged`.
     """
     host = checkpoints.restore_host()
     version = version_of(host, checkpoints)

@@ -22,6 +22,7 @@ from mixgrpo_jax.runtime.mesh import make_mesh
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 FAILED, POLL = "mixgrpo_jax/failed", 1.0  # where a process leaves why it failed; seconds between looks at it
 HEARTBEAT = 30  # seconds of silence after which a process that could not say so counts as failed
+PATIENCE = 24 * 3600  # seconds for which processes that live are waited for
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def joined() -> Iterator[None]:
         yield
     except BaseException as error:
         done.set()
-        if isinstance(error, SystemExit) and not error.code:
+        if isinstance(error, SystemExit) and (not error.code or getattr(error, "together", False)):
             raise
         _fail(error)
     finally:
@@ -84,6 +85,28 @@ def _end(why: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def tell(key: str, value: str) -> None:
+    """Leave a value for all of the run's processes."""
+    _client().key_value_set(key, value, allow_overwrite=True)
+
+
+def told(key: str) -> str | None:
+    """What a process has left, if one has."""
+    with contextlib.suppress(Exception):  # nothing is there
+        return _client().key_value_try_get(key)
+    return None
+
+
+def meet(key: str) -> None:
+    """Wait for the run's other processes to call this with the same key, once for each key. Devices may be at work."""
+    _client().wait_at_barrier(key, timeout_in_ms=PATIENCE * 1000)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any of the run's processes, all of which must ask."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(here)).any())
 
 
 def initialize() -> None:

@@ -4,13 +4,17 @@ import collections
 import contextlib
 import importlib.util
 import json
+import operator
 import pathlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from mixgrpo_jax.runtime.files import replaced
 
 # Peak dense bf16 FLOP/s of a device, by a part of `jax.Device.device_kind`.
 PEAK_FLOPS = {
@@ -125,20 +129,25 @@ def brief(line: Mapping) -> dict[str, str]:
 class MetricWriter:
     """Appends to `workdir`/metrics.jsonl, one flat object a line, written through at once, by process 0 alone.
 
-    On resume, lines of iterations that will be run again are dropped.
+    On resume, lines of iterations that will be run again are dropped, all of a run that begins (`resume_at` None), and
+    iterations without a line are said.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, resume_at: int = 0):
+    def __init__(self, workdir: str | pathlib.Path, resume_at: int | None = None):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        kept = [line for line in read(self.path) if line["iteration"] <= resume_at]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        end = -1 if resume_at is None else resume_at
+        kept = {line["iteration"]: line for line in read(self.path) if line["iteration"] <= end}
+        if missing := sorted(set(range(end + 1)) - kept.keys()):
+            _warn(f"{self.path} has no line of iteration {', '.join(map(str, missing[:5]))} ({len(missing)} in all)")
+        with replaced(self.path) as path:
+            path.write_text("".join(json.dumps(kept[iteration]) + "\n" for iteration in sorted(kept)))
         self._board = _tensorboard(workdir)
 
-    def write(self, iteration: int, metrics: Mapping[str, float | int]) -> None:
-        """One line: the iteration (from 1), then the metrics."""
+    def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """One line: the iteration (from 1), then the metrics; null for what is not finite."""
         if not self._writes:
             return
         line = {"iteration": iteration} | {name: _plain(value) for name, value in metrics.items()}
@@ -149,17 +158,28 @@ class MetricWriter:
 
 
 def read(path: str | pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; empty where there is none. A last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; empty where there is none. What a crash has broken is left out, and said."""
     path = pathlib.Path(path)
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+    lines, broken = [], []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else [], 1):
+        try:
+            line = json.loads(text)
+            lines.append(line | {"iteration": operator.index(line["iteration"])})
+        except (ValueError, KeyError, TypeError):
+            broken.append(number)
+    if broken:
+        _warn(f"{path}: line {', '.join(map(str, broken[:5]))} ({len(broken)} in all) cannot be read, and is left out")
     return lines
 
 
-def _plain(value):
-    return value if isinstance(value, int | str | None) else float(value)
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
+
+
+def _plain(value: Any) -> int | float | str | None:
+    if isinstance(value, int | str | None):
+        return value
+    return float(value) if np.isfinite(value) else None
 
 
 def _tensorboard(workdir):

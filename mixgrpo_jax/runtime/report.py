@@ -55,7 +55,7 @@ def curve(workdir: str | pathlib.Path, name: str = "rewards.png") -> None:
     for prefix, style in (("reward/", "-"), ("watched/", "--"), ("held_out/", "o-")):
         series = sorted({k for line in lines for k in line if k.startswith(prefix) and k.endswith("/mean")})
         for key in series:
-            points = [(line["iteration"], line[key]) for line in lines if key in line]
+            points = [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
             axis.plot(*zip(*points), style, label=key.removesuffix("/mean"), markersize=4, linewidth=1.2)
     axis.set(xlabel="iteration", ylabel="mean score")
     axis.grid(alpha=0.3)

@@ -22,7 +22,7 @@ from mixgrpo_jax.flow.plans.window import WindowState
 from mixgrpo_jax.models import flux
 from mixgrpo_jax.models.io import orbax_io
 from mixgrpo_jax.rl.update import Average, TrainState, init_state
-from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
 from mixgrpo_jax.sample import sample
 from tests.test_train import fast, lines, stopped
 
@@ -65,8 +65,8 @@ def as_earlier(workdir, version=1, kept=True, samples=None):
     ema = tree["averages"].get("ema") if kept else None
     if version == 1:
         state, host = FirstState(tree["params"], tree["opt_state"], ema, tree["step"]), {"window": host["planned"]}
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(latest, state, host, samples, force=True)
+    checkpoints = Checkpoints(workdir, 1)
+    checkpoints.save(finished(latest, state, host, samples)._replace(sums={}))
     checkpoints.close()
 
 
@@ -131,8 +131,8 @@ def trained_state(name, order):
 
 
 def restored(workdir, state, like):
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(1, state, {"version": 2, "planned": WindowState(0, 0, 1)._asdict()}, force=True)
+    checkpoints = Checkpoints(workdir, 1)
+    checkpoints.save(finished(1, state, {"version": 2, "planned": WindowState(0, 0, 1)._asdict()}))
     table = flux.TRANSFORMER.table(flux.flux_small(attention_head_dim=HEAD))
     try:
         return loading.restore_run(checkpoints, like, WindowState(0, 0, 0), table)[0]
@@ -198,8 +198,8 @@ def test_parameters_that_are_not_finite_are_refused_wherever_they_are_read(small
     for part in (tree["params"], tree["averages"]["ema"]):
         part["final_out"]["bias"] = np.full_like(part["final_out"]["bias"], np.nan)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, TrainState(**tree), host, force=True)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(finished(2, TrainState(**tree), host))
     checkpoints.close()
     message = r"checkpoints/2 holds parameters that are not finite: remove it"
     for read in (
