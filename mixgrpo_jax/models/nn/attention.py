@@ -37,10 +37,11 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v.
 
-    The back ends are "xla" (any device; makes the S x S scores), "cudnn" (NVIDIA GPUs, bf16 or fp16) and "splash"
-    (TPUs); "auto" is the fused one of the default device where it takes the inputs. On several devices "splash" needs
-    `jax.set_mesh(mesh)`: it puts samples on the axes data and fsdp, heads on tensor, and rows of q on context, where
-    these divide them. The others do so when the axis context is longer than one.
+    The back ends are "xla" (any device; makes the S x S scores, on a CPU those of a head at a time), "cudnn" (NVIDIA
+    GPUs, bf16 or fp16) and "splash" (TPUs); "auto" is the fused one of the default device where it takes the inputs.
+    On several devices "splash", and "xla" by head, need `jax.set_mesh(mesh)`: they put samples on the axes data and
+    fsdp, heads on tensor, and rows of q on context, where these divide them. The others do so when the axis context is
+    longer than one.
 
     Args:
       q, k, v: [B, S, H, d], or with `tokens_last` [B, H, d, S].
