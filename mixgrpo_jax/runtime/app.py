@@ -77,9 +77,9 @@ def describe(error: BaseException) -> str | None:
 def _told(error: BaseException) -> str:
     """The error's message; of a flag's value, what it should be."""
     text = str(error)
-    if missing := re.fullmatch(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", text):
-        help_string = flags.FLAGS[missing[1]].help.strip()
-        return f"--{missing[1]} is missing: {help_string[0].lower()}{help_string[1:]}"
+    if missing := re.findall(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", text):
+        helps = {name: flags.FLAGS[name].help.strip() for name in missing}
+        return "; ".join(f"--{name} is missing: {text[0].lower()}{text[1:]}" for name, text in helps.items())
     for raised, remedy in NUMBERS.items():
         text = re.sub(rf"{raised} '.*'$", remedy, text)
     return text
