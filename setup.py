@@ -1,5 +1,6 @@
 """Packaging of mixgrpo_jax. Tools are configured in pyproject.toml."""
 
+import glob
 import pathlib
 import re
 
@@ -24,6 +25,10 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
     package_data={"mixgrpo_jax": ["py.typed", "assets/**/*"]},
+    # Recipes and launch scripts, in share/ of the environment: a checkout has them at its root.
+    data_files=[
+        (f"share/mixgrpo_jax/{folder}", sorted(glob.glob(f"{folder}/*.*"))) for folder in ("configs", "launch")
+    ],
     python_requires=">=3.11",
     entry_points={"console_scripts": ["mixgrpo=mixgrpo_jax.__main__:main"]},
     install_requires=[
