@@ -109,4 +109,5 @@ def test_commands_are_listed_and_run_by_name():
     assert said("--version") == (0, f"mixgrpo_jax {mixgrpo_jax.__version__}\n")
     assert said("tarin") == (1, "ERROR: there is no command 'tarin'; did you mean train?\n")
     status, text = said("convert", "--source=nothing")
-    assert status == 1 and text == "ERROR: --target is missing: new folder. --to is missing: <orbax|diffusers|lora>: What to write.\n"
+    missing = "--target is missing: new folder. --to is missing: <orbax|diffusers|lora>: What to write."
+    assert (status, text) == (1, f"ERROR: {missing}\n")
