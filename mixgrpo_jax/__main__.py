@@ -22,6 +22,12 @@ def commands() -> dict[str, str]:
     return found
 
 
+def recipes() -> pathlib.Path:
+    """The folder of the recipes: a checkout's, or what was installed with the package."""
+    checkout = HERE.with_name("configs")
+    return checkout if checkout.is_dir() else pathlib.Path(sys.prefix, "share", "mixgrpo_jax", "configs")
+
+
 def main() -> None:
     """Run a command, or list them."""
     known, name = commands(), sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -31,6 +37,7 @@ def main() -> None:
         print("python -m mixgrpo_jax COMMAND [--help | --config=RECIPE ...]\n")
         for command, line in known.items():
             print(f"  {command:<15}{line}")
+        print(f"\nRecipes are in {recipes()}")
     elif name not in known:
         near = difflib.get_close_matches(name, known, 1)
         remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"

@@ -741,7 +741,8 @@ def _check_tolerance(settings: Settings) -> None:
     if tolerance > bound:
         raise ConfigError(
             f"ratio_tolerance={tolerance}: beyond half the clip range, {bound:g}, rounding decides what is clipped; "
-            "lower it, and in bfloat16 let objective.old_log_prob='update' make the ratio exact"
+            "lower it or raise objective.clip_low and clip_high, and in bfloat16 let objective.old_log_prob='update' "
+            "make the ratio exact"
         )
 
 

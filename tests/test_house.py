@@ -12,7 +12,7 @@ from tests.python import run_program
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "mixgrpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "app.run(" in path.read_text()}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "app.run(main)" in path.read_text()}
 
 # A room, and the rooms that it may import beside itself.
 MAY_IMPORT = {
@@ -101,12 +101,13 @@ def test_commands_are_listed_and_run_by_name():
         return done.returncode, done.stdout + done.stderr
 
     status, listed = said()
-    lines = [line.split(maxsplit=1) for line in listed.splitlines()[2:]]
+    lines = [line.split(maxsplit=1) for line in listed.splitlines()[2:-2]]
     assert (
         status == 0 and {name for name, _ in lines} == COMMANDS and all(text.endswith(("?", ".")) for _, text in lines)
     )
+    assert listed.splitlines()[-1] == f"Recipes are in {PACKAGE.with_name('configs')}"
     assert said("--version") == (0, f"mixgrpo_jax {mixgrpo_jax.__version__}\n")
     assert said("tarin") == (1, "ERROR: there is no command 'tarin'; did you mean train?\n")
     status, text = said("convert", "--source=nothing")
-    assert status == 1 and text.startswith("ERROR: --target is missing: new folder.; --to is missing: ")
-    assert text.count("\n") == 1
+    missing = "--target is missing: new folder. --to is missing: <orbax|diffusers|lora>: What to write."
+    assert (status, text) == (1, f"ERROR: {missing}\n")

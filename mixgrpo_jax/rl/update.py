@@ -60,8 +60,9 @@ class Average:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay} is not in [0, 1); 0 keeps no average")
-        if self.rate < 0 or self.start < 0:
-            raise ValueError(f"rate={self.rate}, start={self.start} must not be negative")
+        for field in ("rate", "start"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
         if self.by not in ("update", "iteration"):
             raise ValueError(f"by={self.by!r} is unknown; choose 'update' or 'iteration'")
 

@@ -76,13 +76,15 @@ def describe(error: BaseException) -> str | None:
 
 def _told(error: BaseException) -> str:
     """The error's message; of a flag's value, what it should be."""
-    text = str(error)
-    if missing := re.findall(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", text):
-        helps = {name: flags.FLAGS[name].help.strip() for name in missing}
-        return "; ".join(f"--{name} is missing: {text[0].lower()}{text[1:]}" for name, text in helps.items())
+    text = re.sub(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", _missing, str(error))
     for raised, remedy in NUMBERS.items():
         text = re.sub(rf"{raised} '.*'$", remedy, text)
     return text
+
+
+def _missing(found: re.Match) -> str:
+    meaning = flags.FLAGS[found[1]].help.strip()
+    return f"--{found[1]} is missing: {meaning[:1].lower()}{meaning[1:]}"
 
 
 def _is_raised_here(error: BaseException) -> bool:
