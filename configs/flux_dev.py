@@ -18,12 +18,12 @@ def get_config():
     config.model.image_size = (720, 720)
     config.model.text_length = 512
     config.model.dtype = "bfloat16"
-    config.model.remat = "block"
+    config.model.remat = "auto"  # as little is recomputed as fits
     config.model.attention = "auto"  # the accelerator's fused kernel
     config.data.name = "features"
     config.data.folder = "data/flux_dev"
     config.batch.prompts, config.batch.group = 32, 12
-    config.batch.updates, config.batch.micro_batch, config.batch.decode = 4, 1, 1
+    config.batch.updates, config.batch.micro_batch, config.batch.decode = 4, 3, 1  # an update's 96 samples over 32
     config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 25, 4, 25
     config.rewards = dict(hps=1.0, image_reward=1.0, pickscore=1.0)
     config.watched = ()

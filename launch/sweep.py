@@ -23,11 +23,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.runtime import metrics
+from mixgrpo_jax.runtime import app, metrics
 
 TAIL = 15  # lines of a failed point's log that are shown
 
@@ -178,7 +178,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the points' folders.", required=True)
     _PARALLEL = flags.DEFINE_integer("parallel", 1, "Points that run at a time.", lower_bound=1)
     _PRINT = flags.DEFINE_string("print", "", "A launcher with its options: print its commands, and run nothing.")

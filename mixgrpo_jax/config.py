@@ -11,11 +11,14 @@ reward or task is imported before it is named.
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 import pathlib
 import pkgutil
 import runpy
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +61,15 @@ def _require(valid: bool, name: str, value: Any, remedy: str) -> None:
         raise ConfigError(f"{name}={value!r}: {remedy}")
 
 
-def _choice(name: str, value: Any, known: Any) -> None:
+def _choice(name: str, value: Any, known: Collection[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(sorted(known))}")
+        choices = ", ".join(sorted(known)) + near(value, known).replace(",", ";", 1)
+        raise ConfigError(f"{name}={value!r} is unknown; choose from {choices}")
+
+
+def near(name: Any, known: Collection[str]) -> str:
+    """A question that names the nearest of the known names, where one is near; else nothing."""
+    return "".join(f", did you mean {found}?" for found in difflib.get_close_matches(str(name), known, 1))
 
 
 def _number(default: Any, **bounds: float) -> Any:
@@ -80,10 +89,61 @@ def _check_numbers(settings: Any, path: str) -> None:
             raise ConfigError(f"{path}.{each.name}={value!r}: it must be {words}")
 
 
+SECTION = Mapping | ml_collections.ConfigDict
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+WORDS |= {SECTION: "a section", types.NoneType: "None"}
+ABSTRACT: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}  # numpy's count, too
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotation; a list may stand for a tuple, as JSON has it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, each) for each in arguments)
+    if origin is typing.Literal:
+        return isinstance(value, str)  # which one, its dataclass checks
+    if origin is tuple:
+        each = arguments[:1] * len(value) if arguments[-1] is ... and isinstance(value, tuple | list) else arguments
+        return isinstance(value, tuple | list) and len(value) == len(each) and all(map(_is, value, each))
+    if kind in ABSTRACT:
+        return isinstance(value, ABSTRACT[kind]) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind != SECTION and origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is tuple:
+        count = "a tuple" if arguments[-1] is ... else f"a tuple of {len(arguments)}"
+        return f"{count}, each {_words(arguments[0])}"
+    return WORDS.get(str if origin is typing.Literal else kind, str(kind))
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if not _is(value, kind):
+        raise ConfigError(f"{name}={value!r}: it must be {_words(kind)}")
+
+
+def _make(kind: type, path: str, section: Any, **others: Any) -> Any:
+    """A section as its dataclass; fields that it does not have, and values of another type, are refused by name."""
+    _check_type(path, section, SECTION)
+    fields, annotations = dict(section), typing.get_type_hints(kind)
+    known = [each.name for each in dataclasses.fields(kind) if not each.kw_only]
+    for name, value in fields.items():
+        if name not in known:
+            raise ConfigError(_no_field(f"{path}.{name}", known, kind.__name__))
+        if annotations[name] is LoraConfig:
+            fields[name] = _make(LoraConfig, f"{path}.{name}", value)
+        else:
+            _check_type(f"{path}.{name}", value, annotations[name])
+    return kind(**fields, **others)
+
+
 def _check_finite(section: Mapping[str, Any], path: str = "") -> None:
     """Raise ConfigError for the first number, anywhere in a config, that is NaN or infinite."""
     for name, value in section.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
+        if isinstance(value, SECTION):
             _check_finite(value, f"{path}{name}.")
         elif isinstance(value, float):
             _require(math.isfinite(value), f"{path}{name}", value, "it must be finite")
@@ -99,7 +159,9 @@ class Model:
     text_length: T5 tokens of a prompt, padding included.
     guidance: the embedded guidance scale that the transformer is told.
     dtype: of the matrix products; master weights are fp32.
-    remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block".
+    reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
+    remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block"; "auto" is the
+      one that fits a device, see `engine.programs.fit`.
     attention: the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
     lora: rank 0 trains all parameters.
     """
@@ -110,6 +172,7 @@ class Model:
     text_length: int = _number(12, at_least=1)
     guidance: float = _number(3.5, at_least=0)
     dtype: str = "float32"
+    reduce_dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -117,6 +180,7 @@ class Model:
     def __post_init__(self):
         _check_numbers(self, "model")
         _choice("model.dtype", self.dtype, DTYPES)
+        _choice("model.reduce_dtype", self.reduce_dtype, DTYPES)
         _choice("model.remat", self.remat, REMAT)
         _choice("model.attention", self.attention, ATTENTION_BACKENDS)
 
@@ -165,7 +229,8 @@ class BatchSizes:
     prompts: of an iteration.
     group: samples a prompt.
     updates: optimiser steps an iteration.
-    micro_batch: samples of each device in a forward and backward pass, at most, see `share`.
+    micro_batch: samples of each device in a forward and backward pass, at most, see `share`; with model.remat="auto"
+      no more than fit.
     decode: samples of each device that are decoded at a time, at most; the host scores them meanwhile.
     shared_noise: whether a group starts from one noise, and shares its prefix.
     """
@@ -356,9 +421,13 @@ def _fields(settings: type, path: str, chosen: str = "", /, **changes: Any) -> S
         values[each.name] = ml_collections.config_dict.placeholder(int) if value is None else value
     if changes:
         wrong, known = next(iter(changes)), [name for name in values if name != "name"]
-        near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(wrong, known, 1))
-        raise ConfigError(f"{path}.{wrong} is no field of {settings.__name__}{near}; it has {', '.join(known)}")
+        raise ConfigError(_no_field(f"{path}.{wrong}", known, settings.__name__))
     return _section(values, path, chosen)
+
+
+def _no_field(path: str, known: Collection[str], of: str) -> str:
+    name = path.rpartition(".")[2]
+    return f"{path} is no field of {of}{near(name, known)}; it has {', '.join(known)}"
 
 
 def choose(section: str, name: str, **changes: Any) -> Section:
@@ -507,11 +576,12 @@ class Settings:
         """The numbers that users get wrong, in words, where samples are spread over `ways` devices."""
         batch, planner = self.batch, self.planner
         stochastic = sum(segment.steps for segment in planner.layout if segment.sde)
+        each = share(self.update_samples, batch.micro_batch, ways)
         return (
             f"{batch.prompts} prompts x {batch.group} = {self.samples} samples an iteration; {batch.updates} updates "
             f"of {self.update_samples} samples x {planner.num_trained} steps in {self.passes(ways)} passes "
             f"of {self.micro_batch(ways)}; {planner.num_steps} steps, {stochastic} stochastic, {planner.num_trained} "
-            "trained"
+            f"trained; {each} samples of a device in a pass, remat {self.model.remat!r}"
         )
 
 
@@ -538,6 +608,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
 
 
 def _resolve(config: ml_collections.ConfigDict) -> Settings:
+    _check_shape(config)
     _check_finite(config)
     _require(config.iterations > 0, "iterations", config.iterations, "it must be positive")
     _require(0 <= config.seed < 2**32, "seed", config.seed, "it must be in 0..4294967295")
@@ -546,24 +617,24 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
     share, wait = config.missing_share, config.reward_wait
     _require(0 <= share < 1, "missing_share", share, "a share of the images, from 0 to below 1; 0 lets none be missing")
     _require(wait >= 0, "reward_wait", wait, "seconds, at least 0; 0 stops when no server answers")
-    batch, model = BatchSizes(**config.batch), dict(config.model)
+    batch = _make(BatchSizes, "batch", config.batch)
     settings = Settings(
         config,
-        model=Model(**model | {"lora": LoraConfig(**model["lora"])}),
-        data=Data(**config.data),
-        mesh=Mesh(**config.mesh),
+        model=_make(Model, "model", config.model),
+        data=_make(Data, "data", config.data),
+        mesh=_make(Mesh, "mesh", config.mesh),
         batch=batch,
         planner=_chosen(config, "plan", group=batch.group, seed=config.seed),
-        sampler=Sampler(**config.sampler),
-        advantage=Credit(**config.advantage),
+        sampler=_make(Sampler, "sampler", config.sampler),
+        advantage=_make(Credit, "advantage", config.advantage),
         select=_chosen(config, "select"),
         objective=_chosen(config, "objective").settled(config.model.dtype, config.one_step_off_policy),
-        optimizer=Optimizer(**config.optimizer),
+        optimizer=_make(Optimizer, "optimizer", config.optimizer),
         averages=_averages(config),
-        evaluation=Evaluation(**config.evaluation),
-        checkpoint=Saves(**config.checkpoint),
-        profile=Profile(**config.profile),
-        pretrain=Pretrain(**config.pretrain),
+        evaluation=_make(Evaluation, "evaluation", config.evaluation),
+        checkpoint=_make(Saves, "checkpoint", config.checkpoint),
+        profile=_make(Profile, "profile", config.profile),
+        pretrain=_make(Pretrain, "pretrain", config.pretrain),
         rewards=dict(config.rewards),
         terms=dict(config.terms),
     )
@@ -577,6 +648,25 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
     return settings
 
 
+def _check_shape(config: ml_collections.ConfigDict) -> None:
+    """Refuse a config that lacks what base() has, has what base() lacks, or has another kind of value there."""
+    of = base()
+    for name in config:
+        _require(name in of, name, config[name], f"the config has no such field{near(name, list(of))}")
+    for name, default in of.items():
+        _require(name in config, name, None, "the config lacks it: start from base()")
+        value = config[name]
+        if isinstance(default, ml_collections.ConfigDict):
+            _check_type(name, value, SECTION)
+        else:
+            _check_type(name, value, tuple[str, ...] if name == "watched" else type(default))
+    for section in ("rewards", "terms"):
+        for name, weight in config[section].items():
+            _check_type(f"{section}.{name}", weight, float)
+    for name, options in config.reward_options.items():
+        _check_type(f"reward_options.{name}", options, SECTION)
+
+
 def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> Any:
     """The method of a section, with what of the config's other settings it takes."""
     fields = dict(config[section])
@@ -584,20 +674,22 @@ def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> A
     found = _find(section, name)
     own = {each.name: each.kw_only for each in dataclasses.fields(found)}
     was = getattr(config[section], "chosen", "") or name
-    if was != name or fields.keys() != {each for each, kw_only in own.items() if not kw_only}:
+    if was != name or not fields.keys() >= {each for each, kw_only in own.items() if not kw_only}:
         raise ConfigError(
             f"{section}.name={name!r}: the section's fields are those of another method ({', '.join(fields)}). Choose "
             f"a method by its recipe (--config=configs/RECIPE.py), or in Python: "
             f'config.{section} = choose("{section}", "{name}")'
         )
-    return found(**fields, **{key: value for key, value in others.items() if own.get(key)})
+    return _make(found, section, fields, **{key: value for key, value in others.items() if own.get(key)})
 
 
 def _averages(config: ml_collections.ConfigDict) -> dict[str, Average]:
     averages = {}
     for name, fields in config.averages.items():
         try:
-            averages[name] = Average(**fields)
+            averages[name] = _make(Average, f"averages.{name}", fields)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"averages.{name}.{error}") from None
     return {name: rule for name, rule in averages.items() if rule.decay or rule.by == "iteration"}
@@ -614,8 +706,8 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"rewards={dict(config.rewards)}: give one a positive weight")
     for name in config.reward_options:
         if name not in (known := [*config.rewards, *config.watched]):
-            near = difflib.get_close_matches(name, known, 1) or known
-            raise ConfigError(f"reward_options.{name}: there is no reward of this name; did you mean {near[0]}?")
+            found = difflib.get_close_matches(name, known, 1) or known
+            raise ConfigError(f"reward_options.{name}: there is no reward of this name; did you mean {found[0]}?")
 
 
 def _check_sizes(settings: Settings) -> None:
@@ -662,7 +754,8 @@ def _check_tolerance(settings: Settings) -> None:
     if tolerance > bound:
         raise ConfigError(
             f"ratio_tolerance={tolerance}: beyond half the clip range, {bound:g}, rounding decides what is clipped; "
-            "lower it, and in bfloat16 let objective.old_log_prob='update' make the ratio exact"
+            "lower it or raise objective.clip_low and clip_high, and in bfloat16 let objective.old_log_prob='update' "
+            "make the ratio exact"
         )
 
 
@@ -673,8 +766,8 @@ def _check_order(name: str, order: int, of: str, solver: str) -> None:
 
 def _divides(name, value, what, whole):
     if whole % value:
-        near = [d for d in range(1, whole + 1) if whole % d == 0]
+        fit = [d for d in range(1, whole + 1) if whole % d == 0]
         raise ConfigError(
             f"{name}={value} does not divide the {whole} {what}; nearest that do: "
-            f"{', '.join(str(d) for d in sorted(near, key=lambda d: abs(d - value))[:3])}"
+            f"{', '.join(str(d) for d in sorted(fit, key=lambda d: abs(d - value))[:3])}"
         )

@@ -14,7 +14,6 @@ has trained, as load_lora_weights opens them. Parameters are read and written on
 
 import contextlib
 import functools
-import json
 import pathlib
 import resource
 import shutil
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import traverse_util
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE
 from mixgrpo_jax.models.io.transformer import Source
 from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora_config import LoraConfig
+from mixgrpo_jax.runtime import app
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, host_sum
 
 TARGETS = ("orbax", "diffusers", "lora")
@@ -111,7 +111,7 @@ def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
     workdir = pathlib.Path(workdir)
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
-    settings = json.loads(file.read_text())
+    settings = weights.read_json(file)
     options = settings["model"]
     folder = families.find(options["folder"])
     path = pathlib.Path(options.get("transformer") or folder / "transformer")

@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from mixgrpo_jax.data import features as store
@@ -43,7 +43,7 @@ from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Family, Parts
-from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime import app, distributed
 from mixgrpo_jax.runtime import mesh as meshes
 
 DTYPE = jnp.dtype(jnp.bfloat16)

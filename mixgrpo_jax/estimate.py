@@ -25,16 +25,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.engine.programs import decode_chunks, idle, prefix_rows, rollout_fsdp
+from mixgrpo_jax.engine.programs import decode_chunks, fit, idle, prefix_rows, rollout_fsdp
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
@@ -43,7 +42,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.samples import Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
-from mixgrpo_jax.runtime import chips, compiler, hlo, schedule
+from mixgrpo_jax.runtime import app, chips, compiler, hlo, schedule
 from mixgrpo_jax.runtime import mesh as meshes
 
 GIB = 2.0**30
@@ -76,7 +75,8 @@ def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float
     of_update = count_evaluations(settings.objective, settings.roles, tools, policy.latent_shape, planner.num_trained)
     cost = Cost(*(policy.evaluations * n for n in (rollout, *(settings.trained_samples * each for each in of_update))))
     adapters = settings.model.lora.rank > 0
-    passes = {"expected": cost.work(adapters, settings.model.remat == "block"), "useful": cost.work(adapters)}
+    recomputed = settings.model.remat in ("attention", "block")  # the former all but attention
+    passes = {"expected": cost.work(adapters, recomputed), "useful": cost.work(adapters)}
     shares = tuple(n / segment.steps for n, segment in zip(steps, layout) if segment.steps and not segment.record)
     phases = {"rollout": cost.rollout, "update": cost.update}
     flops = {phase: {name: policy.flops * count[phase] for name, count in passes.items()} for phase in phases}
@@ -109,10 +109,12 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
 def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
     """Figures of a config on a slice, as `--json` writes them."""
     chip, mesh = chips.chip(topology), slice_mesh(settings, topology)
+    settings = fit(settings, parts, mesh)
     phases, resident = ahead.lower(settings, parts, mesh, host_mesh(topology))
-    evaluations, expected, shares = work(settings, parts.family.make(parts, settings.config.model), mesh)
+    evaluations, expected, shares = work(settings, parts.family.make(parts, settings.model), mesh)
     result: dict[str, Any] = {"topology": topology, "devices": mesh.size, "mesh": dict(mesh.shape), "fits": True}
     result |= {"hbm_bytes": chip.hbm, "evaluations_per_iteration": evaluations}
+    result |= {"remat": settings.model.remat, "samples_per_pass": _each(settings, mesh)}
     result["notes"] = notes(settings, mesh, phases)
     result |= {field: {} for field in ("bytes_per_device", "flops_per_iteration", "collectives")}
     result |= {"seconds_per_iteration": {}, "schedule": {}}
@@ -180,7 +182,17 @@ def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
         found.append(f"not counted: rewards {', '.join(rest)}")
     if settings.config.model.attention == "xla":
         found.append("model.attention='xla' makes the scores of all pairs of tokens; 'auto' takes TPU's fused kernel")
+    if settings.config.model.remat == "auto":
+        found.append(
+            f"model.remat='auto' is {settings.model.remat!r} here, with {_each(settings, mesh)} samples of a device in "
+            f"a pass, of batch.micro_batch={settings.config.batch.micro_batch} at most: what should fit"
+        )
     return found
+
+
+def _each(settings: Settings, mesh: Any) -> int:
+    """Samples of a device in a forward and backward pass."""
+    return share(settings.update_samples, settings.batch.micro_batch, meshes.batch_ways(mesh))
 
 
 def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
@@ -189,10 +201,10 @@ def remedy(phase: str, settings: Settings, mesh: Any, resident: float) -> str:
     steps = ["a larger slice" if config.mesh.fsdp == -1 else "mesh.fsdp=-1 with mesh.data=1 on a larger slice"]
     if resident > 0.5 and not settings.model.lora.rank:
         steps.append("adapters (model.lora.rank=64)")
-    if phase == "update" and config.model.remat != "block":
+    if phase == "update" and settings.model.remat != "block":
         steps.append("model.remat='block'")
     for program, field, size in (
-        ("update", "micro_batch", share(settings.update_samples, config.batch.micro_batch, ways)),
+        ("update", "micro_batch", _each(settings, mesh)),
         ("decode", "decode", share(settings.samples, config.batch.decode, ways)),
     ):
         if phase == program and size > 1:
@@ -229,7 +241,8 @@ def table(result: dict[str, Any]) -> str:
     """The figures as text."""
     axes = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     hbm = result["hbm_bytes"] / GIB
-    lines = [f"{result['topology']}: {result['devices']} devices ({axes}), {hbm:.2f} GiB each", ""]
+    lines = [f"{result['topology']}: {result['devices']} devices ({axes}), {hbm:.2f} GiB each"]
+    lines += [f"update: {result['samples_per_pass']} samples of a device in a pass, remat {result['remat']!r}", ""]
     lines += _block("GiB a device", result["bytes_per_device"], GIB)
     lines += _block("evaluations", {k: {"an iteration": v} for k, v in result["evaluations_per_iteration"].items()})
     flops = result["flops_per_iteration"]
@@ -303,7 +316,7 @@ def main(_):  # noqa: D103
     settings = configs.resolve(config)
     parts = find_parts(settings, _ARCHITECTURE.value)
     mesh = slice_mesh(settings, _TOPOLOGY.value)
-    print(settings.arithmetic(meshes.batch_ways(mesh)))
+    print(fit(settings, parts, mesh).arithmetic(meshes.batch_ways(mesh)))
     print(compiler.describe(mesh.devices.flat))
     print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
     result = estimate(settings, parts, _TOPOLOGY.value)
@@ -320,7 +333,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x4.", required=True)
     _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(families.architectures()), "Without a folder.")
     _SMALLEST = flags.DEFINE_bool("smallest", False, "Look for the smallest slice of every kind that fits.")

@@ -11,14 +11,13 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
-from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.runtime import app, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import scored
 
@@ -50,7 +49,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")
     app.run(main, with_own_config(sys.argv))

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jax import Array
-from ml_collections import config_flags
 from tqdm import trange
 
 from mixgrpo_jax import config as configs
@@ -27,7 +26,7 @@ from mixgrpo_jax.engine.loading import load_rewards
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rl.update import Average, TrainState, init_state
-from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.runtime import app, distributed, report
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
@@ -122,6 +121,6 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     app.run(main)

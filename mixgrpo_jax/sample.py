@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
@@ -26,7 +25,7 @@ from mixgrpo_jax.engine.loading import load_policy, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.flow.rollout import initial_noise
 from mixgrpo_jax.flow.sampler import Sampler
-from mixgrpo_jax.runtime import distributed, report
+from mixgrpo_jax.runtime import app, distributed, report
 from mixgrpo_jax.runtime import mesh as meshes
 
 
@@ -83,7 +82,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", required=True)
     _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")

@@ -18,14 +18,13 @@ import os
 import pathlib
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from mixgrpo_jax.config import ConfigError
 from mixgrpo_jax.rewards import scoring
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.remote import TOKEN
-from mixgrpo_jax.rewards.serving.app import make_app, serve
+from mixgrpo_jax.runtime import app
 
 
 def build(config: Any) -> dict[str, Reward]:
@@ -49,6 +48,8 @@ def read_token(token_file: str, host: str) -> str:
 
 
 def main(_):  # noqa: D103
+    from mixgrpo_jax.rewards.serving.app import make_app, serve  # or it says what is not installed
+
     token = read_token(_TOKEN_FILE.value, _HOST.value)
     limits = _MAX_BATCH.value, _MAX_QUEUE.value, _MAX_BYTES.value, _MAX_SECONDS.value
     web = make_app(build(_CONFIG.value), token, *limits)
@@ -56,7 +57,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
     _PORT = flags.DEFINE_integer("port", 8100, "Port to listen at.")
     _TOKEN_FILE = flags.DEFINE_string("token_file", "", "File with the token; without it, the environment's.")

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from clu import parameter_overview
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
@@ -30,14 +29,14 @@ from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
-from mixgrpo_jax.engine.programs import idle, make_programs, rollout_fsdp
+from mixgrpo_jax.engine.programs import fit, idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import compiler, distributed, metrics, report
+from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
 from mixgrpo_jax.runtime.files import locked
@@ -180,6 +179,7 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, T
     prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
     rewards = load_rewards(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
+    settings = fit(settings, parts, mesh)
     if distributed.is_first():
         print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
         print(settings.arithmetic(meshes.batch_ways(mesh)))
@@ -338,6 +338,6 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _CONFIG = app.config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     app.run(main)

@@ -1,5 +1,6 @@
 """Shared by all tests: compiled programs, a velocity that is cheap and depends on everything, and a small policy."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -27,6 +28,25 @@ def pytest_sessionfinish(session):
     """The first process, which started the workers, cleans up."""
     if not hasattr(session.config, "workerinput"):
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+# What models and files are compared with is in the extra `parity`; without it, the tests that need it are skipped.
+PARITY = ("torch", "diffusers", "accelerate", "peft", "onnx", "onnxruntime", "rapidocr_onnxruntime")
+ABSENT = [name for name in PARITY if importlib.util.find_spec(name) is None]
+collect_ignore = ["test_pipeline.py", "models/test_ppocr.py"] if ABSENT else []
+
+
+def _skipping(item):
+    try:
+        return (yield)
+    except ImportError as error:
+        if ABSENT:
+            pytest.skip(f"without the extra parity ({', '.join(ABSENT)}): {str(error).strip().splitlines()[0]}")
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(_skipping, wrapper=True)
+pytest_runtest_call = pytest.hookimpl(_skipping, wrapper=True)
 
 
 def toy_velocity(params, x, sigma, cond):

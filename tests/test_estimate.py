@@ -32,6 +32,7 @@ def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, de
     assert set(result["bytes_per_device"]) == {"features", "rollout", "decode", "update"}
     assert all(0 < sizes["total"] < result["hbm_bytes"] for sizes in result["bytes_per_device"].values())
     assert result["evaluations_per_iteration"]["update"] == 16 * 12 * 3
+    assert (result["remat"], result["samples_per_pass"]) == ("none", micro_batch)
     for phase in ("rollout", "update"):
         assert result["flops_per_iteration"][phase]["ratio"] == pytest.approx(1, abs=0.05), phase
         assert result["collectives"][phase]["all-gather"]["bytes"] > 0
@@ -45,7 +46,12 @@ def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, de
 
 def test_a_compiler_that_tries_less_gives_no_schedule(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
-    result, text = estimate(tmp_path, "v5e:2x2", *SHARDED, "--config.batch.prompts=16", "--config.batch.micro_batch=16")
+    sizes = ("--config.batch.prompts=16", "--config.batch.micro_batch=16", "--config.model.remat=auto")
+    result, text = estimate(tmp_path, "v5e:2x2", *SHARDED, *sizes)
+    assert (result["remat"], result["samples_per_pass"]) == ("dots", 12)
+    assert (
+        "update: 12 samples of a device in a pass, remat 'dots'" in text and "model.remat='auto' is 'dots' here" in text
+    )
     assert result["schedule"] == {} and result["seconds_per_iteration"]["update"]["compute"] > 0
     assert "the compiler tries too little for its schedule to tell speed" in text
 

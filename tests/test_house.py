@@ -2,14 +2,17 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
+import mixgrpo_jax
 from tests.python import run_program
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "mixgrpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "app.run(" in path.read_text()}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py") if "app.run(main" in path.read_text()}
 
 # A room, and the rooms that it may import beside itself.
 MAY_IMPORT = {
@@ -89,3 +92,22 @@ def test_the_method_alone_brings_no_model_reward_task_or_data(module):
 def test_the_config_alone_brings_no_model_reward_task_or_data():
     others = {name for name in brought_by("mixgrpo_jax.config") if name.split(".")[0] not in ("config", "flow", "rl")}
     assert others - LIGHT == {"rewards", "tasks"}, "their tables, and nothing that these name"
+
+
+def test_commands_are_listed_and_run_by_name():
+    def said(*arguments):
+        command = [sys.executable, "-m", "mixgrpo_jax", *arguments]
+        done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    status, listed = said()
+    lines = [line.split(maxsplit=1) for line in listed.splitlines()[2:-2]]
+    assert (
+        status == 0 and {name for name, _ in lines} == COMMANDS and all(text.endswith(("?", ".")) for _, text in lines)
+    )
+    assert listed.splitlines()[-1] == f"Recipes are in {PACKAGE.with_name('configs')}"
+    assert said("--version") == (0, f"mixgrpo_jax {mixgrpo_jax.__version__}\n")
+    assert said("tarin") == (1, "ERROR: there is no command 'tarin'; did you mean train?\n")
+    status, text = said("convert", "--source=nothing")
+    missing = "--target is missing: new folder. --to is missing: <orbax|diffusers|lora>: What to write."
+    assert (status, text) == (1, f"ERROR: {missing}\n")

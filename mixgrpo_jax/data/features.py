@@ -22,6 +22,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mixgrpo_jax.models.io.weights import read_json
+
 NAME, FORMAT = "features", "array_record"
 PADDING = ("keep", "drop")
 BY_SPLIT = ("prompts", "count", "shard_size")  # what the splits of a folder need not share
@@ -163,7 +165,7 @@ class Split:
 
 def splits(folder: Path) -> list[Split]:
     """The splits of a folder, complete or not."""
-    manifests = {path: json.loads(path.read_text()) for path in sorted(folder.glob("manifest-*.json"))}
+    manifests = {path: read_json(path) for path in sorted(folder.glob("manifest-*.json"))}
     return [
         Split(folder, path.stem.removeprefix("manifest-"), Manifest(**fields)) for path, fields in manifests.items()
     ]

@@ -1,5 +1,6 @@
 """The compiled programs of an iteration: prompt features, rollout, decoding and update, on a mesh."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.models.trainable import Trainable, trainable_shapes
+from mixgrpo_jax.models.trainable import Trainable, attachment, trainable_shapes
 from mixgrpo_jax.rl import select
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
@@ -49,15 +50,13 @@ class Programs(NamedTuple):
 
 def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: Any) -> Programs:
     """Jit the iteration's programs for a mesh: parameters by the model's rules, samples over the batch axes."""
+    settings = fit(settings, parts, mesh)
     policy = parts.family.make(parts, settings.model)
-    for what, tokens in (
-        ("model.image_size", policy.latent_shape[0]),
-        ("model.text_length", settings.model.text_length),
-    ):
-        if tokens % mesh.shape["context"]:
-            raise ValueError(
-                f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of {what}: choose a divisor"
-            )
+    if (tokens := settings.model.text_length) % mesh.shape["context"]:  # those of a picture are padded
+        raise ValueError(
+            f"mesh.context={mesh.shape['context']} does not divide the {tokens} tokens of model.text_length: choose a "
+            "divisor"
+        )
     whole: Any = meshes.replicated(mesh)
     chunks = decode_chunks(settings.samples, settings.batch.decode, meshes.batch_ways(mesh))
     sampled = rollout_places(settings, mesh)
@@ -160,16 +159,24 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
     return draw_samples
 
 
-def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
-    """Parts of each parameter in rollouts: `mesh.rollout_fsdp`, or the fewest with which a device's memory suffices.
+class _Memory(NamedTuple):
+    """A device's memory while a model is trained, in bytes."""
 
-    The copy that a rollout reads lies beside the training's state and the other models; beside two blocks' parameters,
-    as they are gathered; and beside activations, which are counted as three of a block's widest for all samples of the
-    device. A tenth of the memory is left. Where the memory is not known, as on a CPU, the parts are fsdp's.
+    left: float  # of nine tenths, beside what stays and two gathered blocks
+    position: float  # of a block's widest activation
+    trained: Any  # shapes of what the optimiser changes
+    frozen: Any  # and of the base
+    copy: Any  # and of both as products read them
+    held: Callable[..., float]  # (tree, mesh) -> of a tree of parameters
+
+
+def _memory(settings: Settings, parts: Parts, mesh: Any) -> _Memory | None:
+    """What is left beside the training's state, the other models and two blocks' parameters, as they are gathered.
+
+    None where the memory is not known, as on a CPU.
     """
-    fsdp, memory = mesh.shape["fsdp"], chips.memory(mesh.devices.flat[0])
-    if settings.mesh.rollout_fsdp is not None or memory is None or fsdp == 1:
-        return settings.mesh.rollout_fsdp or fsdp
+    if (memory := chips.memory(mesh.devices.flat[0])) is None:
+        return None
     rules, dtype, lora = parts.family.rules, jnp.dtype(settings.model.dtype), settings.model.lora
 
     def held(tree: Any, mesh: Any = mesh) -> float:
@@ -180,17 +187,95 @@ def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
     made = trainable_shapes(parts, params.pop("transformer"), lora, settings.keep_base)
     state = jax.eval_shape(_fresh(settings), made.params)
     copy = jax.eval_shape(functools.partial(_cast, dtype), (made.params, made.base if lora.rank else None))
-    leaves = jax.tree_util.tree_leaves_with_path(copy)
-    blocks = [leaf for path, leaf in leaves if "blocks/" in meshes.path_name(path)]
-    widest = max(max(leaf.shape[1:], default=1) for leaf in blocks)
-    gathered = 2 * sum(leaf.size // len(leaf) * leaf.dtype.itemsize for leaf in blocks)
-    policy, ways = parts.family.make(parts, settings.model), meshes.batch_ways(mesh)
+    widest = max((max(leaf.shape, default=1) for leaf in _blocks(copy)), default=1)
+    left = 0.9 * memory - held(state) - held(params) - held(made.base) - 2 * _bytes(_blocks(copy))
+    return _Memory(left, widest / mesh.shape["tensor"] * dtype.itemsize, made.params, made.base, copy, held)
+
+
+def _blocks(params: Any) -> list[Any]:
+    """Shapes of the parameters of one block of each kind."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    blocks = (leaf for path, leaf in leaves if "blocks/" in meshes.path_name(path))
+    return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in blocks]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
+    """Parts of each parameter in rollouts: `mesh.rollout_fsdp`, or the fewest with which a device's memory suffices.
+
+    The copy that a rollout reads lies beside what `_memory` counts, and beside activations, which are counted as three
+    of a block's widest for all samples of the device. Where the memory is not known, the parts are fsdp's.
+    """
+    fsdp = mesh.shape["fsdp"]
+    if settings.mesh.rollout_fsdp is not None or fsdp == 1:
+        return settings.mesh.rollout_fsdp or fsdp
+    if (memory := _memory(settings, parts, mesh)) is None:
+        return fsdp
+    ways = meshes.batch_ways(mesh)
     samples = settings.samples // ways if settings.samples % ways == 0 else settings.samples
-    positions = samples * (policy.latent_shape[0] + settings.model.text_length) / mesh.shape["context"]
-    activations = 3 * positions * widest / mesh.shape["tensor"] * dtype.itemsize
-    left = 0.9 * memory - held(state) - held(params) - held(made.base) - gathered - activations
+    left = memory.left - 3 * samples * _positions(settings, parts, mesh) * memory.position
     divisors = (n for n in range(1, fsdp) if fsdp % n == 0)
-    return next((n for n in divisors if held(copy, meshes.with_fsdp(mesh, n)) <= left), fsdp)
+    return next((n for n in divisors if memory.held(memory.copy, meshes.with_fsdp(mesh, n)) <= left), fsdp)
+
+
+def fit(settings: Settings, parts: Parts, mesh: Any) -> Settings:
+    """The settings with model.remat="auto" settled: what an update keeps, and the samples of a device in a pass.
+
+    Of the policies "dots", "attention" and "block" the first with which a pass of one sample fits a device's memory,
+    and with it as many samples as fit, up to batch.micro_batch: by the compiler's schedule, what is not recomputed is
+    worth more than parameters that are gathered, and gradients that are reduced, less often. If none fits, it is
+    "block" and one sample. Where the memory is not known, as on a CPU, it is "block" and batch.micro_batch. Another
+    model.remat than "auto" leaves both as they are.
+
+    A pass lies beside what `_memory` counts; beside the accumulated gradient and its own, in fp32, cut as parameters
+    are; and beside the gradient of a block of each kind, in fp32, before it is scattered. A sample takes what the
+    policy keeps of it, and in the backward pass of a block activations, which are counted as five of its widest. So
+    three samples of FLUX.1-dev on v5p:2x4x4 take 31.0 GiB by "dots" and 10.1 GiB by "attention" beside what stays and
+    the cut gradients; the compiler says 30.4 and 10.1.
+    """
+    if settings.model.remat != "auto":
+        return settings
+    remat, at_most = "block", settings.batch.micro_batch
+    if memory := _memory(settings, parts, mesh):
+        gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), memory.trained)
+        left = memory.left - 2 * memory.held(gradients) - _bytes(_blocks(gradients))
+        activations = 5 * _positions(settings, parts, mesh) * memory.position
+        for remat in ("dots", "attention", "block"):
+            kept = _kept(settings, parts, memory, remat) / mesh.shape["context"]
+            if fits := int(max(left, 0) // (kept + activations)):
+                break
+        at_most = min(at_most, max(fits, 1))
+    return dataclasses.replace(
+        settings,
+        model=dataclasses.replace(settings.model, remat=remat),
+        batch=dataclasses.replace(settings.batch, micro_batch=at_most),
+    )
+
+
+def _positions(settings: Settings, parts: Parts, mesh: Any) -> float:
+    """Latent positions and text tokens of a sample that a device has."""
+    policy = parts.family.make(parts, settings.model)
+    return (policy.latent_shape[0] + settings.model.text_length) / mesh.shape["context"]
+
+
+def _kept(settings: Settings, parts: Parts, memory: _Memory, remat: str) -> int:
+    """Bytes that a policy keeps of a sample for the backward pass, all tokens and heads on one device."""
+    policy, attach = parts.family.make(parts, settings.model, remat=remat), attachment(settings.model.lora)
+
+    def pullback(trained: Any, frozen: Any, x: Array, cond: Any) -> Any:
+        velocity = lambda trained: policy.velocity(attach(trained, frozen), x, jnp.ones(len(x)), cond)  # noqa: E731
+        return jax.vjp(velocity, trained)[1]
+
+    def residuals(samples: int) -> int:
+        x = jax.ShapeDtypeStruct((samples, *policy.latent_shape), jnp.float32)
+        return _bytes(jax.eval_shape(pullback, memory.trained, memory.frozen, x, policy.cond_shapes(samples)))
+
+    # The leaves of a pullback are its residuals; parameters among them do not grow with the samples.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return residuals(2) - residuals(1)
 
 
 def _lighten(params: Any, dtype: Any, rules: Rules, mesh: Any) -> Any:

@@ -244,7 +244,15 @@ def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapp
         return {}
     from transformers import AutoTokenizer  # it takes seconds to import
 
-    return {name: AutoTokenizer.from_pretrained(folder / name) for name in names}
+    found = {}
+    for name in names:
+        try:
+            found[name] = AutoTokenizer.from_pretrained(folder / name)
+        except Exception as error:  # of many kinds, none of which names the folder
+            raise ValueError(
+                f"{folder / name} holds no tokenizer that can be read ({error}): fetch it again"
+            ) from error
+    return found
 
 
 def save(folder: str | os.PathLike, parts: Parts, params: Mapping[str, Any]) -> None:

@@ -158,7 +158,7 @@ def apply(config: T5Config, params: Params, tokens: jax.Array, dtype: jnp.dtype 
 
 def read_config(folder: str | os.PathLike) -> T5Config:
     """The sizes in a folder's config.json. Raises ValueError for a folder of another model."""
-    return T5Config(**weights.known_fields(T5Config, weights.read_config(folder, RELEASE)))
+    return weights.sized(T5Config, folder, weights.read_config(folder, RELEASE))
 
 
 def load_folder(folder: str | os.PathLike, dtype: Any = None) -> tuple[T5Config, Params]:

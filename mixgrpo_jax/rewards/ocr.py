@@ -1,7 +1,7 @@
 """Does the picture say what was asked? Text is read back by PP-OCRv4's recognition network.
 
-Recognition only: the image is taken to be one line of text, so there is no detector to find it. The network runs on
-the host by onnxruntime (`read`), or wherever JAX does (`read_on_device`, and `dense`, which has a gradient).
+Recognition only: the image is taken to be one line of text, so there is no detector to find it. The network runs
+wherever JAX does (`read_on_device`, and `dense`, which has a gradient), or on the host by onnxruntime (`read`).
 """
 
 import functools
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 from mixgrpo_jax.models import ppocr
@@ -20,27 +19,36 @@ from mixgrpo_jax.rewards.contract import Images, Reward
 from mixgrpo_jax.rewards.on_device import OnDevice
 
 HEIGHT = 48  # pixels; what the network was trained at
+REMEDY = "pip install 'mixgrpo_jax[ocr_host]', or read with JAX, where='device'"
 LENGTH = 128  # characters of the longest target, with one more for each between two that are equal
 
 Read = Callable[[Images], list[str]]  # images uint8 [B, H, W, 3] -> the text in each
 
 
 @functools.cache
-def network() -> tuple[onnxruntime.InferenceSession, list[str]]:
-    """The recognition network in onnxruntime and its alphabet, whose entry 0 is CTC's blank.
+def network() -> tuple[Any, list[str]]:
+    """The recognition network as onnxruntime's session, and its alphabet, whose entry 0 is CTC's blank.
 
     Raises:
-        ImportError: if rapidocr-onnxruntime, which brings the weights, is not installed.
+        ImportError: without the extra `ocr_host`: onnxruntime, and rapidocr-onnxruntime for its weights.
     """
-    session = onnxruntime.InferenceSession(ppocr.weights_file(), providers=["CPUExecutionProvider"])
+    try:
+        import onnxruntime
+
+        from mixgrpo_jax.models.ppocr import onnx_file
+    except ImportError as error:
+        raise ImportError(f"where='host' needs onnxruntime ({error}): {REMEDY}") from None
+    if (file := onnx_file.weights_file()) is None:
+        raise ImportError(f"where='host' reads the file in rapidocr-onnxruntime, which is not installed: {REMEDY}")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     characters = session.get_modelmeta().custom_metadata_map["character"].splitlines()
     return session, ["", *characters, " "]
 
 
 @functools.cache
 def device_network() -> tuple[ppocr.Network, ppocr.Params]:
-    """The recognition network in JAX, and its parameters. Raises ImportError as `network` does."""
-    return ppocr.load(ppocr.weights_file())
+    """The recognition network in JAX, and its parameters."""
+    return ppocr.load()
 
 
 def _once(read: Read) -> Read:
@@ -82,7 +90,7 @@ def reader(where: Literal["host", "device"]) -> Read:
     """`read` or `read_on_device`, with its network loaded: a missing package stops a run before its first rollout.
 
     Raises:
-        ImportError: as `network` does.
+        ImportError: as `network` does, on the host.
         ValueError: `where` is something else.
     """
     if where not in ("host", "device"):
@@ -166,7 +174,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def score(images: Images, prompts: list[str], metadata: list[dict], read: Read = read) -> np.ndarray:
+def score(images: Images, prompts: list[str], metadata: list[dict], read: Read = read_on_device) -> np.ndarray:
     """1 - min(d, n) / n, with d the edit distance of the text read to the target (`targets`), of length n; float32 [B].
 
     The distance is exact. Text that merely contains the number is not right: 14270 is another number than 4270.
@@ -176,7 +184,7 @@ def score(images: Images, prompts: list[str], metadata: list[dict], read: Read =
 
 
 # Of text that is read on the device, too, the scores are waited for: it is compared on the host.
-def ocr(where: Literal["host", "device"] = "host") -> Reward:
+def ocr(where: Literal["host", "device"] = "device") -> Reward:
     """The reward `score`, with text read on the host or on the device, see `reader`."""
     return Reward("ocr", "host", functools.partial(score, read=reader(where)))
 
@@ -185,9 +193,6 @@ def ocr_dense() -> Reward:
     """The reward `dense`, for the `targets` of the metadata or the prompts; differentiable.
 
     Its score raises ValueError as `dense` does; its function gives NaN for a target that does not fit into the picture.
-
-    Raises:
-        ImportError: as `network` does.
     """
     net, params = device_network()
 

@@ -58,8 +58,10 @@ class Credit:
             self._named(field)
         if not 0 <= self.trim < 1:
             raise ValueError(f"advantage.trim={self.trim} is not in [0, 1): it is a fraction of each group")
-        if not self.clip > 0 or not self.epsilon >= 0:
-            raise ValueError(f"advantage.clip={self.clip}, epsilon={self.epsilon}: choose clip > 0 and epsilon >= 0")
+        if not self.clip > 0:
+            raise ValueError(f"advantage.clip={self.clip}: it must be positive")
+        if not self.epsilon >= 0:
+            raise ValueError(f"advantage.epsilon={self.epsilon}: it must be at least 0")
 
     def _named(self, field: str) -> Callable:
         table, name = TABLES[field], getattr(self, field)

@@ -60,8 +60,9 @@ class Average:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay} is not in [0, 1); 0 keeps no average")
-        if self.rate < 0 or self.start < 0:
-            raise ValueError(f"rate={self.rate}, start={self.start} must not be negative")
+        for field in ("rate", "start"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
         if self.by not in ("update", "iteration"):
             raise ValueError(f"by={self.by!r} is unknown; choose 'update' or 'iteration'")
 
@@ -177,8 +178,11 @@ def make_update(
             params: Any, averages: Any, frozen: Any, batch: Batch, plan: Plan, keys: Array, elements: Any, first: Array
         ) -> Any:
             """Sums over micro-batches: of gradients, and by micro-batch of metrics, weights and evaluations."""
-            size = elements[0].shape[-1] if not of_group else micro_batch
-            bound = lambda params, averages: roles(params, averages, frozen)  # noqa: E731
+            size = micro_batch if of_group else elements[0].shape[-1]
+
+            def bound(params: Any, averages: Any) -> Roles:
+                return roles(params, averages, frozen)
+
             loss = _make_loss(objective, bound, tools, batch, plan, keys, size, first)
             gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -357,19 +361,9 @@ def _samples(
     )
     alone = jax.tree.map(lambda a: take(a[None], 0), (batch.x0, batch.weight, batch.cond))
     x0, weight, cond = alone
-    return Samples(
-        x0,
-        rows,
-        sigma,
-        advantage,
-        weight,
-        step_weight,
-        chunk,
-        group + first // (count // prompts),
-        index + first,
-        cond,
-        extra,
-    )
+    number = index + first
+    group = number // (count // prompts)
+    return Samples(x0, rows, sigma, advantage, weight, step_weight, chunk, group, number, cond, extra)
 
 
 def _take(a: Array, row: Array, index: Array, count: int, near: bool) -> Array:

@@ -15,6 +15,12 @@ TPU: Options = {
     # No loop of small products in place of a gather and one product: cut 32 ways, each has so few rows that most of the
     # matrix unit idles, and the whole result is read and written once a part. In MiB, from where on it is done.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # Gathers run beside products, in steps of several fusions; by default each is waited for.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
 }
 # What a fusion may take of the fast memory, for larger tiles; 16 MiB by default, or 32. By the compiler's cycles a
 # normalised product and its way back take 8% less on v5e, 12% on v5p, 15% on v6e, 11% on tpu7x; more memory is no gain.

@@ -16,6 +16,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
+from mixgrpo_jax.runtime import app
 from mixgrpo_jax.runtime.mesh import make_mesh
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -63,9 +64,10 @@ def _watch(done: threading.Event) -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Tell the other processes, and end; the first to fail is the one that is named."""
-    what = "; ".join("".join(traceback.format_exception_only(error)).split("\n")).strip("; ")
+    line = app.describe(error)
+    what = line or "; ".join("".join(traceback.format_exception_only(error)).split("\n")).strip("; ")
     why = f"process {jax.process_index()} of {jax.process_count()} failed: {what}"
-    if not isinstance(error, SystemExit):
+    if not isinstance(error, SystemExit) and (line is None or app.debugs()):
         traceback.print_exception(error)
     try:
         _client().key_value_set(FAILED, why)

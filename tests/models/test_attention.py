@@ -59,6 +59,25 @@ def test_xla_is_the_equation(scale):
     np.testing.assert_allclose(attention(q, k, v, scale=scale), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [None, (97,), (2, 1, 101, 97), (1, 2, 101, 97)], ids=str)
+def test_by_head_on_a_cpu_is_xla(monkeypatch, shape):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, length, 2, 16)).astype(np.float32) for length in (101, 97, 97))
+    bias = None if shape is None else rng.normal(size=shape).astype(np.float32)
+
+    def program(q, k, v, bias):
+        y, pull = jax.vjp(lambda *inputs: attention(*inputs[:3], bias=inputs[3]), q, k, v, bias)
+        return y, *jax.tree.leaves(pull(y))
+
+    by_head = jax.make_jaxpr(program)(q, k, v, bias)
+    found = jax.jit(program)(q, k, v, bias)
+    monkeypatch.setattr(module, "BY_HEAD", 2**20)
+    expected = jax.jit(lambda *inputs: program(*inputs))(q, k, v, bias)
+    assert max(map(distance, found, expected)) < 1e-6
+    # All scores are nowhere: the largest array of the first program is the bias or an input.
+    assert "2,2,101,97" not in str(by_head) and "f32[101,97]" in str(by_head)
+
+
 @pytest.mark.parametrize("length", [1, 77, 128, 129, 511, 512, 513, 600, 1100, 2537, 2688, 4608])
 def test_tiles_cover_the_sequence_with_little_padding(length):
     def padded(block):
@@ -256,7 +275,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mixgrpo_jax.models.nn.attention import attention, splash
 splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
 mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
-q, k, v, w = np.random.default_rng(0).normal(size=(4, 4, 6, 2, 16)).astype(np.float32)
+q, k, v, w = np.random.default_rng(0).normal(size=(4, 4, TOKENS, 2, 16)).astype(np.float32)
 
 def loss(q, k, v, backend):
     y = attention(q, k, v, backend=backend)
@@ -272,7 +291,11 @@ for backend in ("xla", "splash"):
 """
 
 
-@pytest.mark.parametrize("program", [ON_A_MESH, IN_CONTEXT], ids=["samples and heads", "tokens"])
+@pytest.mark.parametrize(
+    "program",
+    [ON_A_MESH, IN_CONTEXT.replace("TOKENS", "6"), IN_CONTEXT.replace("TOKENS", "100")],
+    ids=["samples and heads", "tokens", "tokens, by head"],
+)
 def test_a_mesh_splits_samples_heads_and_tokens_where_they_divide(program):
     run_program(program, **virtual_devices(8))
 

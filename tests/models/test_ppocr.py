@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -7,10 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mixgrpo_jax.models import ppocr
+from mixgrpo_jax.models.ppocr import onnx_file
 from mixgrpo_jax.models.ppocr.operators import OPERATORS
 
 ALPHABET = ("", "A", "b", "Ｂ", " ", "a", "cm", "2", "②", "c")
@@ -114,7 +117,7 @@ def test_operators_are_those_of_onnxruntime(tmp_path, nodes, constants):
     x = random(2, 4, 9, 7, seed=9)
     path = save(tmp_path / "net.onnx", [*nodes, node("Softmax", "z", output="y", axis=-1)], constants, x.shape)
     (expected,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
-    network, params = ppocr.load(path)
+    network, params = onnx_file.load(path)
     found = jax.jit(functools.partial(ppocr.logits, network))(params, x)
     np.testing.assert_allclose(jax.nn.softmax(found), expected, rtol=1e-5, atol=1e-6)
 
@@ -141,7 +144,7 @@ SOFTMAX = node("Softmax", "z", output="y", axis=-1)
 def test_another_graph_is_refused(tmp_path, nodes, message):
     path = save(tmp_path / "net.onnx", nodes, {"w": random(4, 4, 1, 1)}, (1, 4, 9, 7))
     with pytest.raises(ValueError, match=rf"net\.onnx: .*{message}"):
-        ppocr.load(path)
+        onnx_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_another_graph_is_refused(tmp_path, nodes, message):
 def test_another_file_is_refused(tmp_path, changed, message):
     path = save(tmp_path / "net.onnx", [node("Relu", "x"), SOFTMAX], {}, (1, 4), **changed)
     with pytest.raises(ValueError, match=rf"net\.onnx: .*{message}"):
-        ppocr.load(path)
+        onnx_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +172,14 @@ def test_other_values_of_attributes_are_refused(tmp_path, operator, attributes, 
     path = save(
         tmp_path / "net.onnx", [node(operator, *inputs, **attributes), SOFTMAX], {"w": random(5, 4, 3, 2)}, None
     )
-    network, params = ppocr.load(path)
+    network, params = onnx_file.load(path)
     with pytest.raises(ValueError, match=f"operator {operator} of 'z': {message}"):
         ppocr.logits(network, params, random(2, 4, 9, 7))
 
 
 def test_the_released_network_is_that_of_onnxruntime():
-    path = ppocr.weights_file()
-    network, params = ppocr.load(path)
+    path = onnx_file.weights_file()
+    network, params = onnx_file.load(path)
     assert len(network.alphabet) == 6625 and 2.6e6 < sum(p.size for p in params.values()) < 2.8e6
     x = np.random.default_rng(0).uniform(-1, 1, (2, 3, 48, 144)).astype(np.float32)
     (expected,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
@@ -290,3 +293,31 @@ def test_targets_that_cannot_be_are_refused(text, message):
 )
 def test_greedy_decode(best, text):
     assert ppocr.greedy_decode(np.array(best), ALPHABET) == text
+
+
+def same(a, b):
+    kinds = ({name: (array.dtype, array.shape) for name, array in each.items()} for each in (a, b))
+    return next(kinds) == next(kinds) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_the_shipped_network_is_the_released_one():
+    (ours, params), (theirs, released) = ppocr.load(), onnx_file.load(onnx_file.weights_file())
+    for field in ("nodes", "input", "output", "alphabet"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert same(params, released) and same(ours.constants, theirs.constants)
+    assert "Apache License" in ppocr.SHIPPED.with_name("NOTICE").read_text()
+
+
+def test_what_is_no_network_is_refused(tmp_path):
+    file = tmp_path / "network.safetensors"
+    file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"network.safetensors is no safetensors file"):
+        ppocr.load(file)
+    safetensors.numpy.save_file({"a": np.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"network.safetensors has no 'graph' in its metadata"):
+        ppocr.load(file)
+    network, params = ppocr.load()
+    odd = dataclasses.replace(network, nodes=(dataclasses.replace(network.nodes[0], operator="Fold"),))
+    ppocr.save(file, odd, params)
+    with pytest.raises(ValueError, match=r"operator Fold of .* is unknown: add it to OPERATORS"):
+        ppocr.load(file)

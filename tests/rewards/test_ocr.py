@@ -80,11 +80,11 @@ def test_images_of_another_kind_are_refused(images, read):
         read(images)
 
 
-@pytest.mark.parametrize("network", [ocr.network, ocr.device_network])
-def test_missing_weights_name_the_remedy(monkeypatch, network):
+def test_a_missing_host_reader_names_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install rapidocr-onnxruntime"):
-        network.__wrapped__()
+    with pytest.raises(ImportError, match=r"pip install 'mixgrpo_jax\[ocr_host\]', or .* where='device'"):
+        ocr.network.__wrapped__()
+    assert ocr.device_network.__wrapped__()[0].alphabet[0] == ""
 
 
 def photographs(count):

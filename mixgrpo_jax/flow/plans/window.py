@@ -79,7 +79,7 @@ class Windowed:
             self,
             self.window_length <= self.trainable_steps,
             "length",
-            f"the window may hold {self.trainable_steps} steps; shorten it, or raise bound or num_steps",
+            f"the window may hold {self.trainable_steps} steps; shorten it, or raise plan.bound or plan.num_steps",
         )
         require(self, self.solver_order in (1, 2, 3), "solver_order", "choose 1, 2 or 3")
         require(self, self.seed >= 0, "seed", "it must not be negative")
@@ -182,7 +182,9 @@ class Window(Windowed):
             require(self, getattr(self, field) >= 1, field, "it must be at least 1")
         for field in ("stride", "decay_rate"):
             require(self, getattr(self, field) >= 0, field, "it must not be negative")
-        require(self, self.decay_max >= self.decay_min, "decay_max", f"it must be at least decay_min={self.decay_min}")
+        require(
+            self, self.decay_max >= self.decay_min, "decay_max", f"it must be at least plan.decay_min={self.decay_min}"
+        )
 
     @property
     def window_length(self) -> int:

@@ -235,7 +235,7 @@ def apply(
 def read_config(folder: str | os.PathLike) -> CLIPTextConfig:
     """The sizes in a folder's config.json. Raises ValueError for a folder of another model."""
     raw = weights.read_config(folder, RELEASE)
-    config = CLIPTextConfig(**weights.known_fields(CLIPTextConfig, raw))
+    config = weights.sized(CLIPTextConfig, folder, raw)
     projected = PROJECTED in (raw.get("architectures") or ())
     return config if projected else dataclasses.replace(config, projection_dim=None)
 

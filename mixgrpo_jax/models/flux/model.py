@@ -172,23 +172,22 @@ class _Flux(nnx.Module):
     def __call__(self, x, text, condition, ids, remat, backend, reduce_dtype):
         (split, length), dtype = (text.shape[1], len(ids)), x.dtype
         total, tokens_last = layers.form(length, dtype, backend)
-        x, ids = (
-            jnp.pad(a, [(0, total - length) if axis == a.ndim - 2 else (0, 0) for axis in range(a.ndim)])
-            for a in (x, ids)
-        )
+        padding = (0, total - length)  # behind all tokens, where attention leaves it out
+        x, ids = jnp.pad(x, ((0, 0), padding, (0, 0))), jnp.pad(ids, (padding, (0, 0)))
         angles = layers.rope_angles(ids, self.axes_dims)
         turns = [layers.rotary(part, tokens_last=tokens_last) for part in (angles, *jnp.split(angles, [split]))]
-        attend = functools.partial(
-            layers.attention, length=length if total > length else None, tokens_last=tokens_last, backend=backend
-        )
+        keys = length if total > length else None
+        attend = functools.partial(layers.attention, length=keys, tokens_last=tokens_last, backend=backend)
 
         def double(streams, block):
-            return spread(
-                gathered(block, dtype, reduce_dtype)(*streams, condition, turns[1:], attend, tokens_last)
-            ), None
+            with jax.named_scope("double_block"):
+                block = gathered(block, dtype, reduce_dtype)
+                return spread(block(*streams, condition, turns[1:], attend, tokens_last)), None
 
         def single(x, block):
-            return spread(gathered(block, dtype, reduce_dtype)(x, condition, turns[0], attend, tokens_last)), None
+            with jax.named_scope("single_block"):
+                block = gathered(block, dtype, reduce_dtype)
+                return spread(block(x, condition, turns[0], attend, tokens_last)), None
 
         double, single = (rematerialise(body, remat) for body in (double, single))
         streams = self.text_in(spread(text)), self.image_in(spread(x))

@@ -112,7 +112,21 @@ def _pickled(file: Path) -> str:
 
 
 def _shards(index: Path) -> dict[str, str]:
-    return json.loads(index.read_text())["weight_map"]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index} has no weight_map of its tensors' files: download it again")
+    return shards
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file. Raises ValueError, which names the file, where it holds no such thing."""
+    try:
+        value = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): mend it, or fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__} and no object of fields: mend it, or fetch it again")
+    return value
 
 
 def _read_index(index: Path) -> dict[str, _Entry]:

@@ -162,7 +162,7 @@ class Transformer:
 
     def _read_config(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         fields = weights.read_config(folder, {"_class_name": self.class_name})
-        config = self.config(**weights.known_fields(self.config, fields))
+        config = weights.sized(self.config, folder, fields)
         self.check(folder, config, fields)
         return config, fields
 

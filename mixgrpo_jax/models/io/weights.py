@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from mixgrpo_jax.models.io.lazy import Lazy, contiguous, copy, place
+from mixgrpo_jax.models.io.safetensors_io import read_json as read_json
 from mixgrpo_jax.models.io.safetensors_io import read_safetensors as read_safetensors
 from mixgrpo_jax.models.io.safetensors_io import write_safetensors as write_safetensors
 from mixgrpo_jax.models.io.safetensors_io import write_shards as write_shards
@@ -269,17 +270,35 @@ def read_config(folder: str | os.PathLike, expected: Mapping[str, Any]) -> dict[
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}: give a model's folder as diffusers or transformers saves it")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     for field, value in expected.items():
         if config.get(field) != value:
             raise ValueError(f"{file} has {field}={config.get(field)!r}, and this model needs {value!r}")
     return config
 
 
-def known_fields(config_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a released config that are fields of our dataclass, lists as tuples."""
-    names = [field.name for field in fields(config_class) if field.name in config]
-    return {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in names}
+def sized(config_class: type, folder: str | os.PathLike, config: Mapping[str, Any]) -> Any:
+    """Our dataclass, of those entries of a folder's config.json that are its fields; lists are tuples.
+
+    Raises ValueError, which names the file and the field, for a value of another type or a negative size.
+    """
+    file, known = Path(folder) / "config.json", {}
+    for field in fields(config_class):
+        if field.name not in config:
+            continue
+        value = tuple(config[field.name]) if isinstance(config[field.name], list) else config[field.name]
+        sizes = value if isinstance(value, tuple) else (value,)
+        kind = type(field.default)
+        kinds = (int, float) if kind is float else kind
+        right = field.default is None or (isinstance(value, kinds) and isinstance(value, bool) == (kind is bool))
+        if not right or any(isinstance(size, int) and size < 0 for size in sizes):
+            what = "none below 0" if right else f"as {field.default!r} is"
+            raise ValueError(f"{file} has {field.name}={value!r}, which should be {what}: mend it, or fetch it again")
+        known[field.name] = value
+    try:
+        return config_class(**known)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def write_config(folder: str | os.PathLike, config: Mapping[str, Any]) -> None:

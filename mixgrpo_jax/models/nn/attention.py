@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.models.nn.placement import BATCH_AXES, HEAD_AXES, TOKEN_AXES, dividing
@@ -18,6 +19,8 @@ Backend = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION_BACKENDS = get_args(Backend)
 
 LANES = 128
+BY_HEAD = 2**13  # scores of a head from which on a CPU computes one head at a time; fewer are not worth a loop's turn
+LARGE = 2560  # keys of a tile of the backward kernel; 16 MiB of a TPU's fast memory hold them and their gradients
 BLOCKS = (512, 384, 256)  # rows of a tile; up to 1024 compile for a TPU v5e, but take longer to
 
 
@@ -34,10 +37,11 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v.
 
-    The back ends are "xla" (any device; makes the S x S scores), "cudnn" (NVIDIA GPUs, bf16 or fp16) and "splash"
-    (TPUs); "auto" is the fused one of the default device where it takes the inputs. On several devices "splash" needs
-    `jax.set_mesh(mesh)`: it puts samples on the axes data and fsdp, heads on tensor, and rows of q on context, where
-    these divide them. The others do so when the axis context is longer than one.
+    The back ends are "xla" (any device; makes the S x S scores, on a CPU those of a head at a time), "cudnn" (NVIDIA
+    GPUs, bf16 or fp16) and "splash" (TPUs); "auto" is the fused one of the default device where it takes the inputs.
+    On several devices "splash", and "xla" by head, need `jax.set_mesh(mesh)`: they put samples on the axes data and
+    fsdp, heads on tensor, and rows of q on context, where these divide them. The others do so when the axis context is
+    longer than one.
 
     Args:
       q, k, v: [B, S, H, d], or with `tokens_last` [B, H, d, S].
@@ -59,9 +63,12 @@ def attention(
     at, head = (3, 1) if tokens_last else (1, 2)  # the axes of tokens and of heads
     scale = q.shape[2 if tokens_last else 3] ** -0.5 if scale is None else scale
     mesh = jax.sharding.get_abstract_mesh()
-    cut = mesh.shape.get("context", 1) > 1 and bias is None
+    many = not mesh.empty and mesh.size > 1
+    by_head = kernel == "xla" and _platform(mesh) == "cpu" and q.shape[1] * k.shape[1] >= BY_HEAD
+    by_head &= not (many and bias is not None)  # a loop over samples that lie apart would gather them
+    cut = (many and by_head) or (mesh.shape.get("context", 1) > 1 and bias is None)
     own: dict[str, Any] = dict(kernel=kernel, bias=bias, scale=scale, length=length, tokens_last=tokens_last)
-    on_device: Any = functools.partial(_on_device, **own)
+    on_device: Any = functools.partial(_on_device, by_head=by_head, **own)
     if mesh.empty or (kernel != "splash" and not cut):
         return on_device(q, k, v)
     batch, heads = dividing(mesh, BATCH_AXES, q.shape[0]), dividing(mesh, HEAD_AXES, q.shape[head])
@@ -86,7 +93,17 @@ def form(tokens: int, dtype: jnp.dtype, backend: Backend) -> tuple[int, bool]:
     return -(-own // tile) * tile * ways, fused
 
 
-def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias: Any, length: Any, **own) -> jax.Array:
+def _platform(mesh: AbstractMesh) -> str:
+    """Of the mesh's devices, which need not be here, or the default one."""
+    device = mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _on_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, by_head: bool, bias: Any, length: Any, **own
+) -> jax.Array:
+    if by_head:
+        return checkpoint_name(_by_head(q, k[:, :length], v[:, :length], bias, own["scale"]), ATTENTION)
     if kernel == "splash":
         return _splash(q, k, v, k.shape[3 if own["tokens_last"] else 1] if length is None else length, **own)
     lengths = None if length is None else jnp.full(len(k), length, jnp.int32)
@@ -96,6 +113,27 @@ def _on_device(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: Kernel, bias
     y = y.reshape(*y.shape[:2], -1)
     # The fused kernels' residuals are kept where they are made; a second name would keep the output twice.
     return checkpoint_name(y, ATTENTION) if kernel == "xla" else y
+
+
+def _by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, scale: float) -> jax.Array:
+    """softmax(scale q k^T + bias) v for a CPU, a sample's head at a time -> [B, Q, H d].
+
+    The scores of one head stay in the cache, where all of them would be written and read at each step of the softmax;
+    the backward pass computes them again for the same reason.
+    """
+    (b, rows, h, _), dtype = q.shape, q.dtype
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def head(index: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        for each in biases:
+            scores += each[tuple(0 if n == 1 else i for n, i in zip(each.shape, index))]
+        return jax.nn.softmax(scores, axis=-1).astype(dtype) @ v
+
+    biases = [] if bias is None else [bias.reshape((1,) * (4 - bias.ndim) + bias.shape)]
+    inputs = (x.swapaxes(1, 2).reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
+    y = jax.lax.map(lambda args: head(*args), (jnp.divmod(jnp.arange(b * h), h), *inputs))
+    return y.reshape(b, h, rows, -1).swapaxes(1, 2).reshape(b, rows, -1)
 
 
 def _choose(backend: Backend, dtype: jnp.dtype, biased: bool) -> Kernel:
@@ -122,13 +160,16 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, length: int, *, scale: flo
     (b, h), rows, s, d = q.shape[:2], q.shape[at], k.shape[at], q.shape[5 - at]
     block_q, block_kv = block_size(rows), block_size(s)
     pad_q, pad_kv = -rows % block_q, -s % block_kv
+    tiles = (s + pad_kv) // block_kv
+    large_kv = block_kv * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n * block_kv <= LARGE)
     mask = splash_attention_mask.FullMask((rows + pad_q, s + pad_kv))
     layout = splash.QKVLayout.SEQ_MINOR if tokens_last else splash.QKVLayout.HEAD_DIM_MINOR
     kernel = splash.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * (b * h)),
-        # One backward kernel for dq, dk and dv computes the scores once, and stores a partial dq for each column.
+        # One backward kernel for dq, dk and dv computes the scores once, and stores a partial dq for each tile of keys:
+        # so these are large, and worked on in parts.
         block_sizes=splash.BlockSizes(
-            *(block_q, block_kv, block_kv, block_q, block_kv, block_kv),
+            *(block_q, block_kv, block_kv, block_q, large_kv, block_kv),
             use_fused_bwd_kernel=True,
             q_layout=layout,
             k_layout=layout,

@@ -23,6 +23,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     ),
     "attention": _attention,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "auto": jax.checkpoint_policies.nothing_saveable,  # an update settles it before, see `engine.programs.fit`
 }
 REMAT = tuple(POLICIES)
 
@@ -40,6 +41,7 @@ def rematerialise(block: Callable, remat: str) -> Callable:
                    computes the scores again)
       "dots"       and the output of every matmul with a weight     norms, activations   10 to 11 D  9.2 GB
       "none"       everything                                       nothing              42 to 47 D  39 GB
+      "auto"       as "block"
 
     Raises ValueError for another name.
     """

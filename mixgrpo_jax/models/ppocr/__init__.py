@@ -1,10 +1,11 @@
-"""PP-OCRv4's recognition network: reads a line of text. Run from its ONNX file, as a pure function of the pictures."""
+"""PP-OCRv4's recognition network: reads a line of text. A graph, run as a pure function of the pictures."""
 
 from mixgrpo_jax.models.ppocr.ctc import encode, greedy_decode, label_log_likelihood, log_likelihood, needed, plain
-from mixgrpo_jax.models.ppocr.graph import Network, Params, load, weights_file
+from mixgrpo_jax.models.ppocr.graph import SHIPPED, Network, Params, load, save
 from mixgrpo_jax.models.ppocr.model import logits, preprocess
 
 __all__ = [
+    "SHIPPED",
     "Network",
     "Params",
     "encode",
@@ -16,5 +17,5 @@ __all__ = [
     "needed",
     "plain",
     "preprocess",
-    "weights_file",
+    "save",
 ]

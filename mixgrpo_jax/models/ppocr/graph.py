@@ -1,18 +1,22 @@
-"""The network's file: an ONNX graph of known operators, its parameters, and the alphabet that it reads."""
+"""The network's graph of known operators, its parameters, and the alphabet that it reads, in one safetensors file."""
 
-import importlib.util
+import dataclasses
 import inspect
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mixgrpo_jax.models.ppocr.operators import OPERATORS
 
-OPSET = 12
+SHIPPED = Path(__file__).parents[2] / "assets" / "ppocr" / "recognition.safetensors"  # PP-OCRv4's, see NOTICE there
+GRAPH = "graph"  # the metadata that hold all but the tensors
 Params = dict[str, np.ndarray]
 
 
@@ -45,77 +49,51 @@ class Network:
     alphabet: tuple[str, ...]
 
 
-def weights_file() -> Path:
-    """The ONNX file in rapidocr-onnxruntime. That package is not imported: it would bring OpenCV along.
+def load(path: str | os.PathLike = SHIPPED) -> tuple[Network, Params]:
+    """The network, up to its logits, and its parameters by name, as `save` wrote them.
 
     Raises:
-        ImportError: if rapidocr-onnxruntime is not installed.
+        ValueError: a file that is no such network, or one with an unknown operator; the message names it.
     """
-    package = importlib.util.find_spec("rapidocr_onnxruntime")
-    if package is None or not package.submodule_search_locations:
-        raise ImportError(
-            "PP-OCRv4's weights are read from rapidocr-onnxruntime, which is not installed: "
-            "pip install rapidocr-onnxruntime"
-        )
-    return Path(package.submodule_search_locations[0], "models", "ch_PP-OCRv4_rec_infer.onnx")
-
-
-def load(path: str | os.PathLike) -> tuple[Network, Params]:
-    """Reads an ONNX file: the network, up to its logits, and its parameters by their names in the file.
-
-    Convolutions' filters become [height, width, inputs, outputs], as Flax has them; all else is as in the file.
-
-    Raises:
-        ValueError: another opset, an unknown operator, an operator with other attributes or inputs than the known ones,
-            a convolution without constant filters [O, I, kh, kw], a graph that does not end in a softmax over classes,
-            or a file without an alphabet; the message names it.
-    """
-    model = onnx.load(path)
-    _check_opset(path, model)
-    is_constant = [node.op_type == "Constant" for node in model.graph.node]
-    tensors = {node.output[0]: _tensor(path, node) for node, yes in zip(model.graph.node, is_constant) if yes}
-    *nodes, last = (_node(path, node) for node, yes in zip(model.graph.node, is_constant) if not yes)
-    if last.operator != "Softmax":
-        raise ValueError(f"{path}: the graph ends in {last.operator}: give one that ends in a Softmax over classes")
-    for name in {node.inputs[1] for node in nodes if node.operator == "Conv"}:
-        if name not in tensors or tensors[name].ndim != 4:
-            raise ValueError(
-                f"{path}: {name!r} filters a Conv, but is no constant of four axes: give a frozen 2-D network"
-            )
-        tensors[name] = np.ascontiguousarray(tensors[name].transpose(2, 3, 1, 0))
-    params = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32 and tensor.size > 1}
-    constants = {name: tensor for name, tensor in tensors.items() if name not in params}
-    return Network(tuple(nodes), constants, model.graph.input[0].name, last.inputs[0], _alphabet(path, model)), params
-
-
-def _check_opset(path: str | os.PathLike, model: onnx.ModelProto) -> None:
-    opset = {entry.domain: entry.version for entry in model.opset_import}
-    if opset != {"": OPSET}:
-        raise ValueError(f"{path}: operator sets {opset}, but only ONNX's own of version {OPSET} is known: convert it")
-
-
-def _tensor(path: str | os.PathLike, node: onnx.NodeProto) -> np.ndarray:
-    (attribute,) = node.attribute
-    if attribute.name != "value":
-        raise ValueError(f"{path}: Constant {node.output[0]!r} has attribute {attribute.name!r}: only value is known")
-    return onnx.numpy_helper.to_array(attribute.t)
-
-
-def _node(path: str | os.PathLike, node: onnx.NodeProto) -> Node:
-    if node.op_type not in OPERATORS:
-        raise ValueError(f"{path}: operator {node.op_type} of {node.output[0]!r} is unknown: add it to OPERATORS")
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     try:
-        inspect.signature(OPERATORS[node.op_type]).bind(*node.input, **attributes)
+        with safe_open(path, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    if GRAPH not in metadata:
+        raise ValueError(
+            f"{path} has no {GRAPH!r} in its metadata: convert the network with `onnx_file.load` and `save`"
+        )
+    graph = json.loads(metadata[GRAPH])
+    nodes = tuple(Node(n["operator"], tuple(n["inputs"]), n["output"], n["attributes"]) for n in graph["nodes"])
+    for node in nodes:
+        check(path, node)
+    constants, params = split(tensors)
+    return Network(nodes, constants, graph["input"], graph["output"], tuple(graph["alphabet"])), params
+
+
+def save(path: str | os.PathLike, network: Network, params: Params) -> None:
+    """Write a network for `load`."""
+    graph: dict[str, Any] = {"nodes": [dataclasses.asdict(node) for node in network.nodes]}
+    graph |= {"input": network.input, "output": network.output, "alphabet": network.alphabet}
+    tensors = {name: np.array(tensor, order="C") for name, tensor in {**network.constants, **params}.items()}
+    save_file(tensors, path, {GRAPH: json.dumps(graph, ensure_ascii=False)})
+
+
+def split(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Params]:
+    """A network's constants and its parameters: fp32 arrays of more than one number."""
+    params = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32 and tensor.size > 1}
+    return {name: tensor for name, tensor in tensors.items() if name not in params}, params
+
+
+def check(path: str | os.PathLike, node: Node) -> None:
+    """Raise ValueError, which names it, for an operator that is unknown, or has unknown attributes or inputs."""
+    if node.operator not in OPERATORS:
+        raise ValueError(f"{path}: operator {node.operator} of {node.output!r} is unknown: add it to OPERATORS")
+    try:
+        inspect.signature(OPERATORS[node.operator]).bind(*node.inputs, **node.attributes)
     except TypeError as error:
         raise ValueError(
-            f"{path}: operator {node.op_type} of {node.output[0]!r}: {error}: extend it in OPERATORS"
+            f"{path}: operator {node.operator} of {node.output!r}: {error}: extend it in OPERATORS"
         ) from error
-    return Node(node.op_type, tuple(node.input), node.output[0], attributes)
-
-
-def _alphabet(path: str | os.PathLike, model: onnx.ModelProto) -> tuple[str, ...]:
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if "character" not in metadata:
-        raise ValueError(f"{path}: the metadata lack 'character', the alphabet: give a recognition network")
-    return ("", *metadata["character"].splitlines(), " ")

@@ -50,7 +50,7 @@ def _rule(path: str, leaf: jax.ShapeDtypeStruct) -> Rule:
 def read_config(folder: str | os.PathLike) -> VAEConfig:
     """The sizes in a folder's config.json. Raises ValueError for another model or an unsupported config."""
     raw = weights.read_config(folder, {"_class_name": CLASS_NAME})
-    config = VAEConfig(**weights.known_fields(VAEConfig, raw))
+    config = weights.sized(VAEConfig, folder, raw)
     weights.read_config(folder, _release(config))
     return config
 

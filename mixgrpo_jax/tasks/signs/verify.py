@@ -87,12 +87,14 @@ def colour() -> Reward:
     return Reward("colour", "device", OnDevice(function, {}, inputs))
 
 
-def strict(where: Literal["host", "device"] = "host") -> Reward:
+def strict(where: Literal["host", "device"] = "device") -> Reward:
     """The reward `strict_score`, with the number read on the host or on the device, see `ocr.reader`."""
     return Reward("strict", "host", functools.partial(strict_score, read=ocr.reader(where)))
 
 
-def strict_score(images: Images, prompts: list[str], metadata: list[dict], read: ocr.Read = ocr.read) -> np.ndarray:
+def strict_score(
+    images: Images, prompts: list[str], metadata: list[dict], read: ocr.Read = ocr.read_on_device
+) -> np.ndarray:
     """1 where the number is read exactly and both colours are the ones asked for, else 0; float32 [B].
 
     Too sparse to learn from, and therefore the fair measure on held-out prompts.
