@@ -26,7 +26,10 @@ RAISE = opcode.opmap["RAISE_VARARGS"]
 
 
 def run(main: Callable[[Any], Any], arguments: list[str] | None = None) -> None:
-    """Run a command as absl does, with sys.argv or other arguments. Bad input ends as one line on stderr, with status 1; `--debug` shows a traceback."""
+    """Run a command as absl does, with sys.argv or other arguments.
+
+    Bad input ends as one line on stderr, with status 1; `--debug` shows a traceback.
+    """
     if "debug" not in flags.FLAGS:
         flags.DEFINE_bool("debug", False, "Show the traceback of an error that has a message of its own.")
 
