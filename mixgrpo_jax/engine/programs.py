@@ -168,7 +168,7 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
 
     def draw_samples(*given) -> Rollout:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return draw(*given)
+            return draw(*jax.tree.map(meshes.seen, given))
 
     return draw_samples
 

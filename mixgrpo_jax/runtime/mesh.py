@@ -86,6 +86,11 @@ def without_context(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(data, fsdp * context, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def seen(x: jax.Array) -> jax.Array:
+    """An array of another mesh of the same devices as one of the mesh that is set; it lies where it lay."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim))
+
+
 def describe(mesh: Mesh, rollout_fsdp: int) -> str:
     """A mesh in words."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
