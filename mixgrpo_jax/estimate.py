@@ -300,7 +300,7 @@ def _block(title: str, columns: Mapping[str, Mapping[str, float | None]], scale:
 def find_parts(settings: Settings, architecture: str) -> Parts:
     """The parts of a config's model: from its folder's configs, or where there is none a released model's."""
     options = settings.config.model
-    if families.find(options.folder).is_dir():
+    if families.is_here(options.folder):
         return families.read_parts(options.folder, options.transformer)
     print(f"model.folder={options.folder!r} is not here: sizes are those of {architecture}")
     return families.architectures()[architecture]()

@@ -94,7 +94,10 @@ def test_a_command_ends_in_one_line_and_debug_keeps_the_traceback(debug, tmp_pat
     command = [sys.executable, "-m", "mixgrpo_jax.train", f"--workdir={tmp_path}", *["--debug"] * debug]
     flaw = "--config.model.folder=/not/there"
     done = subprocess.run([*command, "--config=configs/signs.py", flaw], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "model.folder='/not/there' has no transformer/" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 1
+        and "model.folder='/not/there': there is no such file or folder" in done.stderr.splitlines()[-1]
+    )
     assert ("Traceback" in done.stderr) == debug and (debug or len(done.stderr.splitlines()) == 1)
 
 
