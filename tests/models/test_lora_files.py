@@ -275,7 +275,7 @@ A, B = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
             r"joint_transf.*this model, which has",
         ),
         (
-            {n.replace("transformer.", "", 1): np.zeros((4, 32)) for n in (A, B)},
+            {A.removeprefix("transformer."): np.zeros((4, 32)), B.removeprefix("transformer."): np.zeros((32, 4))},
             {},
             "are both of single_blocks/attention/q",
         ),

@@ -292,6 +292,8 @@ def sized(config_class: type, folder: str | os.PathLike, config: Mapping[str, An
         kind = type(field.default)
         kinds = (int, float) if kind is float else kind
         right = field.default is None or (isinstance(value, kinds) and isinstance(value, bool) == (kind is bool))
+        if isinstance(value, tuple):
+            right = isinstance(field.default, tuple) and all(type(size) is type(field.default[0]) for size in value)
         if not right or any(isinstance(size, int) and size < 0 for size in sizes):
             what = "none below 0" if right else f"as {field.default!r} is"
             raise ValueError(f"{file} has {field.name}={value!r}, which should be {what}: mend it, or fetch it again")
