@@ -41,17 +41,21 @@ def local(name: str | os.PathLike, field: str, *wanted: str) -> Path:
         )
     from huggingface_hub import HfApi, snapshot_download  # it takes half a second to import
 
-    repo, within = parts["repo"], parts["path"] or ""
+    repo, within, revision = parts["repo"], parts["path"] or "", parts["revision"]
     try:
-        files = needed(HfApi().list_repo_files(repo, revision=parts["revision"]), within, wanted)
-        if files:
-            patterns = [glob.escape(file) for file in files]
-            return Path(snapshot_download(repo, revision=parts["revision"], allow_patterns=patterns), within)
-        reason = f"it has no {within or ' or '.join(wanted)}"
+        listed = HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # of many kinds, by the client and what it stands on
         if (folder := _cached(parts)) and needed(_files(folder), within, wanted):
             return folder / within
         reason = _reason(error)
+    else:
+        files = [glob.escape(file) for file in needed(listed, within, wanted)]
+        reason = f"it has no {within or ' or '.join(wanted)}"
+        try:
+            if files:
+                return Path(snapshot_download(repo, revision=revision, allow_patterns=files), within)
+        except Exception as error:
+            reason = _reason(error)
     raise ValueError(
         f"{field}={os.fspath(name)!r}: there is no such file or folder, and the model {repo} could not be had from the "
         f"hub: {reason}"
