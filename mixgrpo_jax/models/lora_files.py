@@ -159,7 +159,10 @@ def _read(
     tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any], table: Sequence[Rule], params: Params, scale: float
 ) -> Params:
     pairs = _pairs(tensors)
-    rank = tensors[next(iter(pairs.values()))[0]].shape[0]
+    first, _ = next(iter(pairs.values()))
+    rank = (*tensors[first].shape, 0)[0]
+    if not rank:
+        raise ValueError(f"tensor {first} is empty")
     _check_settings(fields, rank)
     kernels, places = lora.kernels(params), _places(table, params)
     adapters: dict[str, dict[str, np.ndarray]] = {}
@@ -232,6 +235,8 @@ def _check_settings(fields: Mapping[str, Any], rank: int) -> None:
     odd = {name: fields[name] for name in ("use_dora", "lora_bias") if fields.get(name)}
     odd |= {"init_lora_weights": begun} if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE) else {}
     odd |= {"peft_type": fields["peft_type"]} if fields.get("peft_type", "LORA") != "LORA" else {}
+    patterns = fields.get("alpha_pattern") or {}
+    odd |= {} if isinstance(patterns, dict) else {"alpha_pattern": patterns}
     for name, value in odd.items():
         raise ValueError(
             f"its settings have {name}={value!r}, which is not supported: merge it into its base with PEFT"

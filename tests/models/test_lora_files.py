@@ -290,6 +290,12 @@ A, B = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
         ({"transformer.other.alpha": np.float32(8)}, {}, "transformer.other.alpha is of no adapter"),
         ({f"transformer.{Q}.alpha": np.float32(16)}, {"lora_alpha": 8}, "gives alpha twice: .*to_q.alpha is 16, .* 8"),
         ({}, {"r": 8}, "r=8, .* of rank 4"),
+        ({}, {"alpha_pattern": ["to_q"]}, r"alpha_pattern=\['to_q'\], which is not supported"),
+        (
+            {"diffusion_model.a.lora_A.weight": np.zeros(()), "diffusion_model.a.lora_B.weight": np.zeros(())},
+            {},
+            "empty",
+        ),
         ({}, {"use_dora": True}, "use_dora=True, which is not supported"),
         ({}, {"lora_bias": True}, "lora_bias=True, which is not supported"),
         ({}, {"peft_type": "LOHA"}, "peft_type='LOHA', which is not supported"),
