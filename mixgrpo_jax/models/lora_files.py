@@ -66,6 +66,7 @@ def rules(table: Sequence[Rule]) -> list[Rule]:
             rule.ours.removesuffix("kernel") + factor,
             (1, 0),
             rotary=rule.rotary if factor == "b" else 0,
+            first=rule.first,
         )
         for rule in table
         if rule.ours.endswith("/kernel")

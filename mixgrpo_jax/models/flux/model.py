@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
-from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm, Turns
+from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear
 from mixgrpo_jax.models.nn.placement import spread
 from mixgrpo_jax.models.nn.products import gathered
 from mixgrpo_jax.models.nn.remat import rematerialise
+from mixgrpo_jax.models.nn.streams import MLP_RATIO, Heads, Stream, chunks, jointly, stack
 
 Params = dict[str, Any]
 
 TIME_CHANNELS = 256
-MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -76,60 +76,19 @@ def flux_small(**overrides) -> FluxConfig:
     return FluxConfig(**(sizes | overrides))
 
 
-class _Heads(nnx.Module):
-    """Normalised and rotated queries and keys, and values: [B, S, D] -> three of [B, S, H, d], or of [B, H, d, S]."""
-
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
-        self.q = Linear(config.width, config.width, rngs=rngs)
-        self.k = Linear(config.width, config.width, rngs=rngs)
-        self.v = Linear(config.width, config.width, rngs=rngs)
-        self.q_norm = RMSNorm(config.attention_head_dim)
-        self.k_norm = RMSNorm(config.attention_head_dim)
-        self.heads = config.num_attention_heads
-
-    def __call__(self, x: jax.Array, turns: Turns, tokens_last: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        linears = (self.q, self.k, self.v)
-        if not tokens_last:
-            q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in linears)
-            return self.q_norm(q, turns), self.k_norm(k, turns), v
-        q, k, v = (linear.tokens_last(x).reshape(len(x), self.heads, -1, x.shape[1]) for linear in linears)
-        # Or products would leave in fp32 for the norms, and their squares beside them.
-        q, k = jax.lax.optimization_barrier((q, k))
-        return self.q_norm(q, turns, axis=-2), self.k_norm(k, turns, axis=-2), v
-
-
-class _Stream(nnx.Module):
-    """One modality's weights of a double block."""
-
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
-        width = config.width
-        self.modulation = Linear(width, 6 * width, init=ZEROS, rngs=rngs)
-        self.attention = _Heads(config, rngs=rngs)
-        self.attention_out = Linear(width, width, rngs=rngs)
-        self.mlp_in = Linear(width, MLP_RATIO * width, rngs=rngs)
-        self.mlp_out = Linear(MLP_RATIO * width, width, rngs=rngs)
-
-    def finish(self, x: jax.Array, y: jax.Array, modulation: list[jax.Array]) -> jax.Array:
-        """Adds the attention's output y to the stream x, then the MLP's."""
-        _, _, gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate * self.attention_out(y)
-        return x + gate_mlp * self.mlp_out(layers.gelu(self.mlp_in(layers.modulate(x, shift_mlp, scale_mlp))))
-
-
 class _DoubleBlock(nnx.Module):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
-        self.text = _Stream(config, rngs=rngs)
-        self.image = _Stream(config, rngs=rngs)
+        self.text = Stream(config.width, config.num_attention_heads, rngs=rngs)
+        self.image = Stream(config.width, config.num_attention_heads, rngs=rngs)
 
     def __call__(self, text, image, condition, turns, attend, tokens_last):
         streams = (self.text, self.image)
-        modulations = [_chunks(stream.modulation(condition), 6) for stream in streams]
+        modulations = [chunks(stream.modulation(condition), stream.chunks) for stream in streams]
         heads = [
             stream.attention(layers.modulate(x, shift, scale), turn, tokens_last)
             for stream, x, turn, (shift, scale, *_) in zip(streams, (text, image), turns, modulations)
         ]
-        y = attend(*(jnp.concatenate(pair, axis=3 if tokens_last else 1) for pair in zip(*heads)))
-        parts = jnp.split(y, [text.shape[1]], axis=1)
+        parts = jointly(attend, heads, [text.shape[1], image.shape[1]], tokens_last)
         return tuple(stream.finish(*args) for stream, *args in zip(streams, (text, image), parts, modulations))
 
 
@@ -137,12 +96,12 @@ class _SingleBlock(nnx.Module):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.modulation = Linear(width, 3 * width, init=ZEROS, rngs=rngs)
-        self.attention = _Heads(config, rngs=rngs)
+        self.attention = Heads(width, config.num_attention_heads, rngs=rngs)
         self.mlp_in = Linear(width, MLP_RATIO * width, rngs=rngs)
         self.out = Linear((1 + MLP_RATIO) * width, width, rngs=rngs)
 
     def __call__(self, x, condition, turns, attend, tokens_last):
-        shift, scale, gate = _chunks(self.modulation(condition), 3)
+        shift, scale, gate = chunks(self.modulation(condition), 3)
         h = layers.modulate(x, shift, scale)
         y = attend(*self.attention(h, turns, tokens_last))
         return x + gate * self.out.joined(y, layers.gelu(self.mlp_in(h)))
@@ -156,8 +115,8 @@ class _Flux(nnx.Module):
         self.time_in = Embedder(TIME_CHANNELS, width, rngs=rngs)
         self.guidance_in = Embedder(TIME_CHANNELS, width, rngs=rngs) if config.guidance_embeds else None
         self.pooled_in = Embedder(config.pooled_projection_dim, width, rngs=rngs)
-        self.double_blocks = _stack(_DoubleBlock, config, config.num_layers, rngs)
-        self.single_blocks = _stack(_SingleBlock, config, config.num_single_layers, rngs)
+        self.double_blocks = stack(functools.partial(_DoubleBlock, config), config.num_layers, rngs)
+        self.single_blocks = stack(functools.partial(_SingleBlock, config), config.num_single_layers, rngs)
         self.final_modulation = Linear(width, 2 * width, init=ZEROS, rngs=rngs)
         self.final_out = Linear(width, config.in_channels, init=ZEROS, rngs=rngs)
         self.axes_dims = config.axes_dims_rope
@@ -193,16 +152,8 @@ class _Flux(nnx.Module):
         streams = self.text_in(spread(text)), self.image_in(spread(x))
         (text, image), _ = jax.lax.scan(double, spread(streams), self.double_blocks)
         tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
-        scale, shift = _chunks(self.final_modulation(condition), 2)
+        scale, shift = chunks(self.final_modulation(condition), 2)
         return self.final_out(layers.modulate(tokens[:, split:length], shift, scale))
-
-
-def _stack(block, config: FluxConfig, count: int, rngs: nnx.Rngs):
-    return jax.vmap(lambda key: block(config, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
-
-
-def _chunks(modulation: jax.Array, count: int) -> list[jax.Array]:
-    return jnp.split(modulation[:, None], count, axis=-1)
 
 
 @functools.cache

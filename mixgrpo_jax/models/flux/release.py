@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mixgrpo_jax.models.flux.model import MLP_RATIO, FluxConfig
+from mixgrpo_jax.models.flux.model import FluxConfig
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Rule, linear
+from mixgrpo_jax.models.nn.streams import MLP_RATIO
 
 # Of the transformer's tensors, in a file that may hold a text encoder and a VAE as well.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")

@@ -1,7 +1,7 @@
 """Released weights: one table per model maps tensors to parameters and back, and nothing may be left over.
 
 A `Rule` pairs the name of a released tensor with the path of a parameter. `{i}` in the tensor's name is the index of a
-block, which is row i of the stacked parameter. The same table serves `load` and `export`.
+block, which is row i - `first` of the stacked parameter. The same table serves `load` and `export`.
 
 Nothing here holds a whole model unless it is asked to: parameters and tensors are `Lazy`, read where they are indexed.
 """
@@ -32,7 +32,7 @@ FLOATS = tuple(np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16,
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensor `theirs`, transposed by `axes`, is the parameter at `ours` ("a/b/c"), or its row i for each `{i}`.
+    """Tensor `theirs`, transposed by `axes`, is the parameter at `ours` ("a/b/c"), or its row i - first for each `{i}`.
 
     Where a release fuses several layers into one tensor, its rows are cut into `of` equal parts, and the parameter is
     made of those that the slice `parts` picks, in its order. Such rules only serve to load.
@@ -46,6 +46,7 @@ class Rule:
     parts: slice | None = None
     of: int = 1
     rotary: int = 0
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -54,7 +55,9 @@ class Rule:
 
     def names(self, shape: Sequence[int]) -> list[str]:
         """Names of the tensors that make up a parameter of this shape."""
-        return [self.theirs.replace("{i}", str(i)) for i in range(shape[0])] if self.stacked else [self.theirs]
+        if not self.stacked:
+            return [self.theirs]
+        return [self.theirs.replace("{i}", str(self.first + row)) for row in range(shape[0])]
 
     def to_ours(self, tensor: np.ndarray, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A released tensor in our layout, or the part of it at `index`."""
@@ -293,7 +296,9 @@ def sized(config_class: type, folder: str | os.PathLike, config: Mapping[str, An
         kinds = (int, float) if kind is float else kind
         right = field.default is None or (isinstance(value, kinds) and isinstance(value, bool) == (kind is bool))
         if isinstance(value, tuple):
-            right = isinstance(field.default, tuple) and all(type(size) is type(field.default[0]) for size in value)
+            right = isinstance(field.default, tuple) and all(
+                type(size) is type((*field.default, 0)[0]) for size in value
+            )
         if not right or any(isinstance(size, int) and size < 0 for size in sizes):
             what = "none below 0" if right else f"as {field.default!r} is"
             raise ValueError(f"{file} has {field.name}={value!r}, which should be {what}: mend it, or fetch it again")
