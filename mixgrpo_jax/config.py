@@ -26,6 +26,7 @@ import ml_collections
 
 from mixgrpo_jax.flow.plans import PLANS, Planner
 from mixgrpo_jax.flow.sampler import Sampler
+from mixgrpo_jax.flow.schedules import SPACINGS
 from mixgrpo_jax.flow.solvers import SOLVERS
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.models.nn.attention import ATTENTION_BACKENDS
@@ -158,7 +159,8 @@ class Model:
     transformer: another place for the transformer alone: a folder, or the original file; or its name on the hub.
     image_size: rows, columns.
     text_length: T5 tokens of a prompt, padding included.
-    guidance: the embedded guidance scale that the transformer is told.
+    guidance: what a guidance-distilled transformer is told; or the scale of classifier-free guidance, in training as in
+      sampling: of two evaluations each, or at 1 of one, without it.
     dtype: of the matrix products; master weights are fp32.
     reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
     remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block"; "auto" is the
@@ -288,6 +290,7 @@ class Evaluation:
     prompts: held-out prompts. batch: drawn at a time.
     num_steps, solver, solver_order: of the sampler, which is deterministic.
     shift: 0 takes the one that FLUX derives from the image's size.
+    spacing: of the steps, see `flow.schedules.shifted_sigmas`.
     trained_steps: the base takes the steps after them; None lets the trained policy take all.
     average: the average that is evaluated; "" is the raw parameters.
     every: iterations between evaluations during training; 0 is before and after only.
@@ -297,6 +300,7 @@ class Evaluation:
     batch: int = _number(64, at_least=1)
     num_steps: int = _number(20, at_least=1)
     shift: float = _number(3.0, at_least=0)
+    spacing: str = "trailing"
     solver: str = "euler"
     solver_order: int = 1
     trained_steps: int | None = None
@@ -306,6 +310,7 @@ class Evaluation:
     def __post_init__(self):
         _check_numbers(self, "evaluation")
         _choice("evaluation.solver", self.solver, SOLVERS)
+        _choice("evaluation.spacing", self.spacing, SPACINGS)
         _divides("evaluation.batch", self.batch, "evaluation.prompts", self.prompts)
         _check_order("evaluation.solver_order", self.solver_order, "evaluation.solver", self.solver)
         if self.trained_steps is not None and not 0 <= self.trained_steps <= self.num_steps:

@@ -103,6 +103,7 @@ def encode(
         text_width=shapes["text"].shape[-1],
         pooled_width=shapes["pooled"].shape[-1],
         dtype=DTYPE.name,
+        before=shapes["text"].shape[1] - length,
     )
     output = store.Split(pathlib.Path(target).expanduser(), split, manifest)
     output.check()
@@ -158,7 +159,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 def token_limit(parts: Parts, asked: int | None) -> int:
     """Tokens of a prompt, by the family's first encoder: as asked for, or as its tokenizer says."""
-    first = next(iter(parts.family.encoders.values()))
+    first = next(name for name in parts.family.encoders.values() if name in parts.tokenizers)
     limit = parts.tokenizers[first].model_max_length if asked is None else asked
     if not 1 <= limit <= 2**16:  # a tokenizer without a limit says 1e30
         raise ValueError(f"max_length={limit} tokens cannot be: give a number up to {2**16}, as --max_length=512")
@@ -180,7 +181,7 @@ def count_tokens(parts: Parts, texts: Sequence[str], length: int) -> np.ndarray:
         tokenizer = parts.tokenizers[parts.family.encoders[name]]
         counts[name] = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
         print(f"{name}: {(counts[name] > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
-    return np.minimum(counts[next(iter(parts.family.encoders))], length)
+    return np.minimum(next(iter(counts.values())), length)
 
 
 def check_room(output: store.Split, lengths: np.ndarray) -> None:

@@ -82,7 +82,9 @@ def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     key = jax.random.key(config.seed)
     optimiser, step = make_step(policy, options)
     params = families.init(parts, jax.random.fold_in(key, 0))
-    params["text_encoder_2"]["relative_bias"] *= options.bias_scale
+    for name in parts.family.encoders:
+        if "relative_bias" in params.get(name, {}):
+            params[name]["relative_bias"] *= options.bias_scale
     state = init_state(params, optimiser, {"ema": Average(options.ema_decay)})
     batches = task.batches(task.load("train", config.data.folder), config.seed, options.batch)
     held_out = HeldOut(settings, policy, load_rewards(settings))

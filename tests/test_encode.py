@@ -124,9 +124,9 @@ def reference(source, texts):
     text = jax.jit(t5.apply, static_argnums=(0, 3))(
         *t5.load_folder(source / "text_encoder_2", bf16), tokens["tokenizer_2"], bf16
     )
-    _, pooled = jax.jit(clip.apply, static_argnums=(0, 3))(
+    pooled = jax.jit(clip.apply, static_argnums=(0, 3))(
         *clip.load_folder(source / "text_encoder", bf16), tokens["tokenizer"], bf16
-    )
+    ).pooled
     return {"text": np.asarray(text), "pooled": np.asarray(pooled)}
 
 

@@ -22,10 +22,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mixgrpo_jax.models.io.weights import read_json
+from mixgrpo_jax.models.io.weights import read_json, read_safetensors, write_safetensors
 
 NAME, FORMAT = "features", "array_record"
 PADDING = ("keep", "drop")
+OWN = ("text", "pooled")  # a prompt's own features
+SHARED = "shared.safetensors"
 BY_SPLIT = ("prompts", "count", "shard_size")  # what the splits of a folder need not share
 LABELS = ("tag", "category", "style")  # what lists of evaluation prompts call a prompt's kind
 
@@ -43,6 +45,7 @@ class Manifest:
     text_width: int
     pooled_width: int
     dtype: str = "bfloat16"
+    before: int = 0  # rows of text before the tokens that are counted: another encoder's
 
     def __post_init__(self):
         if self.padding not in PADDING:
@@ -61,7 +64,7 @@ class Manifest:
     def record(self) -> tfds.features.FeaturesDict:
         """TFDS features of a record. TFDS has no bfloat16: the same 16 bits are stored as uint16."""
         raw = functools.partial(tfds.features.Tensor, dtype=np.uint16, encoding=tfds.features.Encoding.BYTES)
-        rows = self.max_length if self.padding == "keep" else None
+        rows = self.before + self.max_length if self.padding == "keep" else None
         return tfds.features.FeaturesDict(
             {
                 "prompt": tfds.features.Text(),
@@ -74,7 +77,8 @@ class Manifest:
 
     def nbytes(self, length: int) -> int:
         """Bytes of the features of a prompt of `length` tokens."""
-        return 2 * (self.text_width * (self.max_length if self.padding == "keep" else length) + self.pooled_width)
+        rows = self.before + (self.max_length if self.padding == "keep" else length)
+        return 2 * (self.text_width * rows + self.pooled_width)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,11 @@ class Split:
     def manifest_path(self) -> Path:
         """File of the manifest."""
         return self.folder / f"manifest-{self.name}.json"
+
+    @property
+    def shared(self) -> Path:
+        """File of the features that all prompts of the folder share: those of the negative prompt, if there is one."""
+        return self.folder / SHARED
 
     @property
     def template(self) -> tfds.core.ShardedFileTemplate:
@@ -137,7 +146,10 @@ class Split:
             draft.replace(self.manifest_path)
 
     def write(self, shard: int, elements: Iterable[dict[str, Any]]) -> None:
-        """Write a shard's elements, as `load` gives them, to a file that appears whole or not at all."""
+        """Write a shard's elements, as `load` gives them, to a file that appears whole or not at all.
+
+        What they share is written with the first shard.
+        """
         path, record = self.path(shard), self.manifest.record
         draft = path.with_name(f"{path.name}.part")
         with contextlib.ExitStack() as stack:
@@ -145,6 +157,9 @@ class Split:
             # Elements are read one by one in any order, and bfloat16 features hardly compress.
             with contextlib.closing(ArrayRecordWriter(str(draft), "group_size:1,uncompressed")) as writer:
                 for element in elements:
+                    shared = {name: a for name, a in element["features"].items() if name not in OWN}
+                    if shared and shard == 0 and not self.shared.exists():
+                        write_safetensors(self.shared, shared)
                     writer.write(record.serialize_example(_encode(element, self.manifest)))
             draft.rename(path)
 
@@ -173,8 +188,8 @@ def splits(folder: Path) -> list[Split]:
 
 def _encode(element: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """An element as TFDS stores it; features without a prompt's padding, if it is dropped."""
-    rows = manifest.max_length if manifest.padding == "keep" else element["length"]
-    text, pooled = (element["features"][name].view(np.uint16) for name in ("text", "pooled"))
+    rows = manifest.before + (manifest.max_length if manifest.padding == "keep" else element["length"])
+    text, pooled = (element["features"][name].view(np.uint16) for name in OWN)
     plain = {"prompt": element["prompt"], "metadata": json.dumps(element["metadata"]), "length": element["length"]}
     return plain | {"text": text[:rows], "pooled": pooled}
 
@@ -183,7 +198,8 @@ def load(split: str, folder: str | os.PathLike) -> grain.MapDataset:
     """The prompts of `split` with their features, in the prompts' order, by random access.
 
     An element has `prompt`, `metadata` (a dict), `length` (tokens of the prompt), and `features`: `text` (bfloat16
-    [max_length, D]) and `pooled` (bfloat16 [C]). Where padding was dropped, zeros stand in its place.
+    [max_length, D]) and `pooled` (bfloat16 [C]), and what all prompts share. Where padding was dropped, zeros stand in
+    its place.
     """
     folder = Path(folder).expanduser()
     if not (folder / "dataset_info.json").is_file():
@@ -194,19 +210,23 @@ def load(split: str, folder: str | os.PathLike) -> grain.MapDataset:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no finished split {split!r}, but {', '.join(builder.info.splits)}: encode it")
-    max_length = splits(folder)[0].manifest.max_length
-    return grain.MapDataset.source(builder.as_data_source(split)).map(functools.partial(_decode, max_length))
+    first = splits(folder)[0]
+    rows = first.manifest.before + first.manifest.max_length
+    shared = (
+        {name: np.asarray(a) for name, a in read_safetensors(first.shared).items()} if first.shared.exists() else {}
+    )
+    return grain.MapDataset.source(builder.as_data_source(split)).map(functools.partial(_decode, rows, shared))
 
 
-def _decode(max_length: int, example: dict[str, Any]) -> dict[str, Any]:
-    text, pooled = (example[name].view(ml_dtypes.bfloat16) for name in ("text", "pooled"))
-    if len(text) < max_length:
-        text = np.pad(text, ((0, max_length - len(text)), (0, 0)))
+def _decode(rows: int, shared: dict[str, np.ndarray], example: dict[str, Any]) -> dict[str, Any]:
+    text, pooled = (example[name].view(ml_dtypes.bfloat16) for name in OWN)
+    if len(text) < rows:
+        text = np.pad(text, ((0, rows - len(text)), (0, 0)))
     return {
         "prompt": example["prompt"].decode(),
         "metadata": json.loads(example["metadata"]),
         "length": example["length"],
-        "features": {"text": text, "pooled": pooled},
+        "features": {"text": text, "pooled": pooled} | shared,
     }
 
 

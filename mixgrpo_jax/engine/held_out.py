@@ -32,7 +32,7 @@ def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], 
     a picture says is decided early, what it looks like late.
     """
     shift = options.shift or schedules.resolution_shift(policy.latent_shape[0])
-    sigmas = schedules.shifted_sigmas(options.num_steps, shift)
+    sigmas = schedules.shifted_sigmas(options.num_steps, shift, options.spacing)
     orders = plans.solver_orders(options.solver_order, options.num_steps)
     switch = options.num_steps if options.trained_steps is None else options.trained_steps
 

@@ -4,23 +4,31 @@ import math
 
 import numpy as np
 
+SPACINGS = ("trailing", "linspace")
+TRAIN_STEPS = 1000  # levels of noise at which diffusers' schedulers say a model was trained
 
-def shifted_sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """The shifted schedule of rectified-flow models, `sigma = s t / (1 + (s - 1) t)` with t uniform from 1 to 0.
 
-    A shift s > 1 spends more steps at high noise; s = 1 is uniform.
+def shifted_sigmas(num_steps: int, shift: float, spacing: str = "trailing") -> np.ndarray:
+    """The shifted schedule of rectified-flow models, `sigma = s t / (1 + (s - 1) t)` with t from 1 to 0.
+
+    A shift s > 1 spends more steps at high noise; s = 1 is uniform. With the spacing "trailing" t is uniform, as in
+    FLUX's pipeline. With "linspace" it is uniform down to the shifted 1/1000, from where the last step goes to 0: so
+    diffusers' scheduler sets it by itself, as in Stable Diffusion 3's pipeline.
 
     >>> shifted_sigmas(4, shift=3.0)
     array([1.  , 0.9 , 0.75, 0.5 , 0.  ], dtype=float32)
+    >>> shifted_sigmas(4, shift=3.0, spacing="linspace").round(4)
+    array([1.    , 0.858 , 0.6022, 0.0089, 0.    ], dtype=float32)
 
     Args:
       num_steps: number of steps T.
       shift: s.
+      spacing: one of SPACINGS.
 
     Returns:
       [T + 1] float32, strictly decreasing, 1 first and 0 last.
     """
-    return _shifted(np.linspace(1.0, 0.0, num_steps + 1), shift)
+    return _shifted(_times(1.0, num_steps, shift, spacing), shift)
 
 
 def resolution_shift(
@@ -39,10 +47,12 @@ def resolution_shift(
     return math.exp(base_shift + slope * (num_tokens - base_tokens))
 
 
-def compressed_suffix(num_steps: int, shift: float, window_end: int, ratio: float) -> np.ndarray:
+def compressed_suffix(
+    num_steps: int, shift: float, window_end: int, ratio: float, spacing: str = "trailing"
+) -> np.ndarray:
     """The steps that follow the window, on a grid coarser by `ratio` (MixGRPO-Flash).
 
-    The grid is uniform in t before the shift, as the schedule is, and has `max(int((T - window_end + 1) ratio), 2)`
+    The grid is spaced in t before the shift as the schedule is, and has `max(int((T - window_end + 1) ratio), 2)`
     points, so that a trajectory always reaches sigma = 0. A ratio of 1 gives the schedule's own tail.
 
     >>> compressed_suffix(25, shift=3.0, window_end=4, ratio=0.2).round(5)
@@ -53,15 +63,23 @@ def compressed_suffix(num_steps: int, shift: float, window_end: int, ratio: floa
       shift: s.
       window_end: index one past the window's last step, in [0, T]. At T nothing follows and the result is [0.].
       ratio: in (0, 1].
+      spacing: one of SPACINGS.
 
     Returns:
-      [points] float32, from `shifted_sigmas(T, s)[window_end]` to 0.
+      [points] float32, from `shifted_sigmas(T, s, spacing)[window_end]` to 0.
     """
     if window_end == num_steps:
         return np.zeros(1, np.float32)
-    start = np.linspace(1.0, 0.0, num_steps + 1)[window_end]
+    start = _times(1.0, num_steps, shift, spacing)[window_end]
     num_points = max(int((num_steps - window_end + 1) * ratio), 2)
-    return _shifted(np.linspace(start, 0.0, num_points), shift)
+    return _shifted(_times(start, num_points - 1, shift, spacing), shift)
+
+
+def _times(start: float, num_steps: int, shift: float, spacing: str) -> np.ndarray:
+    """t of num_steps from start to 0."""
+    if spacing == "trailing":
+        return np.linspace(start, 0.0, num_steps + 1)
+    return np.append(np.linspace(start, _shifted(np.float64(1 / TRAIN_STEPS), shift), num_steps), 0.0)
 
 
 def _shifted(t: np.ndarray, shift: float) -> np.ndarray:

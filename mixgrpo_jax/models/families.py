@@ -24,7 +24,10 @@ from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.policy import Policy
 
 # By diffusers' class name of the transformer.
-FAMILIES = {"FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY"}
+FAMILIES = {
+    "FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY",
+    "SD3Transformer2DModel": "mixgrpo_jax.models.sd3.policy:FAMILY",
+}
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
@@ -120,6 +123,21 @@ class Parts:
     def table(self) -> Sequence[weights.Rule]:
         """The rules of the transformer's tensors."""
         return self.family.transformer.table(self.configs["transformer"])
+
+    def token_ids(self, encoder: str, prompts: Sequence[str], limit: int, cut: bool) -> np.ndarray:
+        """A text encoder's ids of prompts, padded to `limit`: [P, limit] int32.
+
+        Raises ValueError for a longer prompt, unless it is to be cut.
+        """
+        tokenizer = self.tokenizers[self.family.encoders[encoder]]
+        rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=cut)["input_ids"]
+        for prompt, row in zip(prompts, rows):
+            if len(row) > limit:
+                raise ValueError(
+                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {limit}: shorten it, or raise "
+                    "model.text_length"
+                )
+        return np.asarray(rows, np.int32)
 
 
 def find(folder: str | os.PathLike, *wanted: str, field: str = "model.folder") -> pathlib.Path:
@@ -292,7 +310,8 @@ def save(folder: str | os.PathLike, parts: Parts, params: Mapping[str, Any]) -> 
 def small_parts(folder: str | os.PathLike, tokenizer: Any) -> Parts:
     """A small model of the family of the checkpoint `folder`, to train from scratch on the prompts of a tokenizer."""
     family = of(find(folder) / "transformer")
-    return Parts(family, family.small(), {next(iter(family.encoders.values())): tokenizer})
+    configs = family.small()
+    return Parts(family, configs, {name: tokenizer for encoder, name in family.encoders.items() if encoder in configs})
 
 
 def architectures() -> dict[str, Callable[[], Parts]]:

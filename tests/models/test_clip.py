@@ -96,13 +96,13 @@ def run_torch(model, tokens):
     import torch
 
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(tokens, dtype=torch.int64))
+        out = model(input_ids=torch.tensor(tokens, dtype=torch.int64), output_hidden_states=True)
     pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
-    return out.last_hidden_state.to(torch.float32).numpy(), pooled.to(torch.float32).numpy()
+    return [x.to(torch.float32).numpy() for x in (out.last_hidden_state, pooled, out.hidden_states[-2])]
 
 
 def relative_errors(actual, expected):
-    """Of the features and of the pooled vectors."""
+    """Of the features, of the pooled vectors, and of the features before the last block."""
     return [np.linalg.norm(np.asarray(a, np.float32) - e) / np.linalg.norm(e) for a, e in zip(actual, expected)]
 
 
@@ -183,7 +183,7 @@ def test_tokens_do_not_see_those_after_them():
     config = CONFIGS["quick gelu"]
     tokens = tokens_for(config, 13)
     changed = np.where(np.arange(13) < 5, tokens, (tokens + 1) % config.vocab_size)
-    (features, _), (others, _) = (apply(config, random_params(config), ids) for ids in (tokens, changed))
+    features, others = (apply(config, random_params(config), ids).features for ids in (tokens, changed))
     np.testing.assert_allclose(features[:, :5], others[:, :5], rtol=1e-5, atol=1e-5)
     assert np.abs(features[:, 5:] - others[:, 5:]).max(axis=-1).min() > 1e-2
 
@@ -193,7 +193,7 @@ def test_what_pads_the_text_does_not_change_the_pooled_vector():
     tokens = tokens_for(config, 11)
     ends = np.argmax(tokens == config.eos_token_id, axis=-1)[:, None]
     padded = np.where(np.arange(11) > ends, config.eos_token_id, tokens)
-    (_, pooled), (_, same) = (apply(config, random_params(config), ids) for ids in (tokens, padded))
+    pooled, same = (apply(config, random_params(config), ids).pooled for ids in (tokens, padded))
     assert (tokens != padded).any(axis=-1).all()
     np.testing.assert_allclose(pooled, same, rtol=1e-5, atol=1e-5)
 
@@ -281,7 +281,7 @@ def test_fresh_features_have_unit_scale_and_depend_on_order():
     config = clip.clip_tiny()
     tokens = tokens_for(config, 12)
     params = jax.jit(clip.init, static_argnums=0)(config, jax.random.key(0))
-    features, pooled = apply(config, params, tokens)
+    features, pooled, _ = apply(config, params, tokens)
     np.testing.assert_allclose(np.mean(np.square(features), axis=-1), 1, rtol=5e-2)
-    _, swapped = apply(config, params, tokens[:, [1, 0, *range(2, 12)]])
+    swapped = apply(config, params, tokens[:, [1, 0, *range(2, 12)]]).pooled
     assert np.abs(pooled - swapped)[1:].max(axis=-1).min() > 1e-3

@@ -18,7 +18,7 @@ from mixgrpo_jax.flow.plans.base import (
     require,
     solver_orders,
 )
-from mixgrpo_jax.flow.schedules import shifted_sigmas
+from mixgrpo_jax.flow.schedules import SPACINGS, shifted_sigmas
 
 
 class ODEState(NamedTuple):
@@ -33,7 +33,7 @@ class ODE:
     velocity is checked against the rollout's.
 
     Attributes:
-      num_steps, shift: the schedule.
+      num_steps, shift, spacing: the schedule.
       solver_order: order of the solver, 1..3.
       train_fraction: share of the schedule's noise levels at which each sample is trained, rounded down, at least one.
       train_choice: which ones: the "first", or a new "random" choice every iteration.
@@ -49,6 +49,7 @@ class ODE:
     solver_order: int = 2
     train_fraction: float = 0.99
     train_choice: str = "first"
+    spacing: str = "trailing"
     _: dataclasses.KW_ONLY
     group: int = 1
     seed: int = 0
@@ -56,6 +57,7 @@ class ODE:
     def __post_init__(self):
         require(self, self.num_steps >= 2, "num_steps", "a trajectory needs at least 2 steps")
         require(self, self.shift > 0, "shift", "it must be positive; 1 is the uniform schedule")
+        require(self, self.spacing in SPACINGS, "spacing", f"choose one of {SPACINGS}")
         require(self, self.solver_order in (1, 2, 3), "solver_order", "choose 1, 2 or 3")
         require(self, 0 < self.train_fraction <= 1, "train_fraction", "it must be in (0, 1]")
         require(self, self.train_choice in ("first", "random"), "train_choice", "choose 'first' or 'random'")
@@ -80,7 +82,7 @@ class ODE:
 
     def plan(self, state: ODEState, prompts: int) -> Plan:
         """The iteration's noise levels; its trajectories are always the same."""
-        sigmas = shifted_sigmas(self.num_steps, self.shift)
+        sigmas = shifted_sigmas(self.num_steps, self.shift, self.spacing)
         orders = solver_orders(self.solver_order, self.num_steps)
         tracks = (Track(sigmas[:2], 0), Track(sigmas[1:], 1, orders[1:]))
         segments = tuple(lay(segment, [track] * prompts) for segment, track in zip(self.layout, tracks))

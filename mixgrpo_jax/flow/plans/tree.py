@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixgrpo_jax.flow.plans.base import Layout, Plan, Segment, Track, lay, require, solver_orders, trained_at
-from mixgrpo_jax.flow.schedules import shifted_sigmas
+from mixgrpo_jax.flow.schedules import SPACINGS, shifted_sigmas
 
 
 class TreeState(NamedTuple):
@@ -23,7 +23,7 @@ class Tree:
     """Every row becomes `factors[k]` before step `splits[k]`, and stochastic steps then tell them apart.
 
     Attributes:
-      num_steps, shift: the schedule.
+      num_steps, shift, spacing: the schedule.
       splits: the steps before which rows branch, in order.
       factors: rows that each becomes there; their product is the group's size.
       length: stochastic steps after each split; all of them are trained. The others are deterministic.
@@ -41,6 +41,7 @@ class Tree:
     factors: tuple[int, ...] = (3, 4)
     length: int = 1
     solver_order: int = 1
+    spacing: str = "trailing"
     _: dataclasses.KW_ONLY
     group: int = 12
     seed: int = 0
@@ -48,6 +49,7 @@ class Tree:
     def __post_init__(self):
         require(self, self.num_steps >= 2, "num_steps", "a trajectory needs at least 2 steps")
         require(self, self.shift > 0, "shift", "it must be positive; 1 is the uniform schedule")
+        require(self, self.spacing in SPACINGS, "spacing", f"choose one of {SPACINGS}")
         require(self, self.length >= 1, "length", "it must be at least 1")
         require(self, self.solver_order in (1, 2, 3), "solver_order", "choose 1, 2 or 3")
         room = all(b - a >= self.length for a, b in itertools.pairwise((*self.splits, self.num_steps)))
@@ -88,7 +90,7 @@ class Tree:
 
     def plan(self, state: TreeState, prompts: int) -> Plan:
         """The same trajectories for every prompt and iteration."""
-        sigmas, layout, first, segments = shifted_sigmas(self.num_steps, self.shift), self.layout, 0, []
+        sigmas, layout, first, segments = shifted_sigmas(self.num_steps, self.shift, self.spacing), self.layout, 0, []
         for number, segment in enumerate(layout, 1):
             last = number == len(layout)
             order = solver_orders(self.solver_order, segment.steps, self.num_steps) if last else 1

@@ -19,7 +19,7 @@ from mixgrpo_jax.flow.plans.base import (
     solver_orders,
     trained_at,
 )
-from mixgrpo_jax.flow.schedules import compressed_suffix, shifted_sigmas
+from mixgrpo_jax.flow.schedules import SPACINGS, compressed_suffix, shifted_sigmas
 
 Strategy = Literal["progressive", "random", "decay", "exp_decay", "frozen", "all"]
 AtEnd = Literal["stop", "roll_back"]
@@ -40,7 +40,7 @@ class Windowed:
 
     Attributes:
       num_steps: steps T of the schedule.
-      shift: shift of the schedule.
+      shift, spacing: of the schedule, see `shifted_sigmas`.
       length: steps w in the window.
       bound: exclusive upper limit of the steps that the window may hold. None is T - 1, which leaves at least one
         deterministic step at the end; T makes every step trainable.
@@ -63,6 +63,7 @@ class Windowed:
     train_choice: TrainChoice = "first"
     suffix_ratio: float = 1.0
     solver_order: int = 1
+    spacing: str = "trailing"
     _: dataclasses.KW_ONLY
     group: int = 1
     seed: int = 0
@@ -74,6 +75,7 @@ class Windowed:
             require(self, 0 < getattr(self, field) <= 1, field, "it must be in (0, 1]")
         require(self, self.num_steps >= 2, "num_steps", "a trajectory needs at least 2 steps")
         require(self, self.shift > 0, "shift", "it must be positive; 1 is the uniform schedule")
+        require(self, self.spacing in SPACINGS, "spacing", f"choose one of {SPACINGS}")
         require(self, 1 <= self.trainable_steps <= self.num_steps, "bound", f"it must be in 1..{self.num_steps}")
         require(
             self,
@@ -129,12 +131,12 @@ class Windowed:
 
     def plan(self, state: WindowState, prompts: int) -> Plan:
         """Lays out the iteration's trajectories; a window is within the bound whatever the state holds."""
-        sigmas = shifted_sigmas(self.num_steps, self.shift)
+        sigmas = shifted_sigmas(self.num_steps, self.shift, self.spacing)
         prefix, window, suffix = [], [], []
         for start in self.starts(state, prompts):
             start = min(max(start, 0), self.last_start)
             end = start + self.window_length
-            grid = compressed_suffix(self.num_steps, self.shift, end, self.suffix_ratio)
+            grid = compressed_suffix(self.num_steps, self.shift, end, self.suffix_ratio, self.spacing)
             prefix.append(Track(sigmas[: start + 1], 0))
             window.append(Track(sigmas[start : end + 1], start))
             suffix.append(Track(grid, end, solver_orders(self.solver_order, len(grid) - 1, end + len(grid) - 1)))

@@ -100,7 +100,7 @@ def shapes(config: CLIPConfig, dtype: Any) -> Params:
 
 def embed_text(config: CLIPConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Unit vectors of token ids [B, L]: fp32 [B, projection_dim]. Matmuls are in `dtype`."""
-    return _unit(text_tower.apply(config.text, params["text"], tokens, dtype)[1])
+    return _unit(text_tower.apply(config.text, params["text"], tokens, dtype).pooled)
 
 
 def embed_images(config: CLIPConfig, params: Params, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,16 @@ def clip_l() -> CLIPTextConfig:
     return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 
+def clip_l_projected() -> CLIPTextConfig:
+    """The text encoder of openai/clip-vit-large-patch14 with its projection: 124 M parameters."""
+    return dataclasses.replace(clip_l(), projection_dim=768)
+
+
+def clip_g() -> CLIPTextConfig:
+    """The text encoder of laion/CLIP-ViT-bigG-14-laion2B-39B-b160k with its projection: 695 M parameters."""
+    return CLIPTextConfig(1280, 5120, 32, 20, "gelu", projection_dim=1280)
+
+
 def clip_tiny(**overrides) -> CLIPTextConfig:
     """A two-layer encoder for tests and for training from scratch on a small vocabulary."""
     sizes: dict[str, Any] = dict(
@@ -169,6 +179,15 @@ def apply_blocks(blocks: Block, x: jax.Array, bias: jax.Array | None = None) -> 
     return jax.lax.scan(lambda x, block: (block(x, bias), None), x, blocks)[0]
 
 
+class Encoded(NamedTuple):
+    """A text's features [B, L, D] after the final norm, their pooled vector [B, D or projection_dim], and the features
+    before the last block [B, L, D], which some diffusion models take."""
+
+    features: jax.Array
+    pooled: jax.Array
+    penultimate: jax.Array
+
+
 class _Encoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         d = config.hidden_size
@@ -182,9 +201,10 @@ class _Encoder(nnx.Module):
     def __call__(self, tokens, ends, dtype):
         bias = jnp.where(np.tri(tokens.shape[1], dtype=bool), 0.0, -jnp.inf)[None, None]
         x = (self.embedding[...][tokens] + self.positions[...][: tokens.shape[1]]).astype(dtype)
-        features = self.final_norm(apply_blocks(self.blocks, x, bias))
+        (x, before), _ = jax.lax.scan(lambda xs, block: ((block(xs[0], bias), xs[0]), None), (x, x), self.blocks)
+        features = self.final_norm(x)
         pooled = features[jnp.arange(len(ends)), ends]
-        return features, self.text_projection(pooled) if self.text_projection else pooled
+        return Encoded(features, self.text_projection(pooled) if self.text_projection else pooled, before)
 
 
 def end_positions(tokens: jax.Array, eos_token_id: int) -> jax.Array:
@@ -206,9 +226,7 @@ def init(config: CLIPTextConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(_Encoder(config, rngs=nnx.Rngs(key))))
 
 
-def apply(
-    config: CLIPTextConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype = jnp.float32
-) -> tuple[jax.Array, jax.Array]:
+def apply(config: CLIPTextConfig, params: Params, tokens: jax.Array, dtype: jnp.dtype = jnp.float32) -> Encoded:
     """Features of token ids, and their pooled vector.
 
     Args:
@@ -219,8 +237,7 @@ def apply(
       dtype: dtype of the matmuls; norm statistics are fp32 in any case.
 
     Returns:
-      Features [B, L, D] after the final norm, and those at `end_positions` [B, D], projected to [B, projection_dim]
-      by a model with a projection; in `dtype`.
+      `Encoded`, in `dtype`. Pooled are the features at `end_positions`, projected by a model with a projection.
 
     Raises:
       ValueError: more tokens than positions.

@@ -82,24 +82,14 @@ def text(parts: Parts, length: int, dtype: Any) -> Text:
     def features(params, tokens):
         text = t5.apply(encoder, params["text_encoder_2"], tokens["t5"], dtype)
         if pooler:
-            _, pooled = clip.apply(pooler, params["text_encoder"], tokens["clip"], dtype)
+            pooled = clip.apply(pooler, params["text_encoder"], tokens["clip"], dtype).pooled
             return {"text": text, "pooled": pooled}
         real = (tokens["t5"] != parts.tokenizers["tokenizer_2"].pad_token_id)[..., None]
         return {"text": text, "pooled": (text * real).sum(1) / real.sum(1).astype(text.dtype)}
 
     def tokenize(prompts, cut=False):
-        tokens = {}
-        for name, limit in limits.items():
-            tokenizer, cuts = parts.tokenizers[parts.family.encoders[name]], cut or name == "text_encoder"
-            rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=cuts)["input_ids"]
-            for prompt, row in zip(prompts, rows):
-                if len(row) > limit:
-                    raise ValueError(
-                        f"prompt {prompt!r} has {len(row)} tokens; the model takes {limit}: shorten it, or raise "
-                        "model.text_length"
-                    )
-            tokens[NAMES[name]] = np.asarray(rows, np.int32)
-        return tokens
+        cuts = {name: cut or name == "text_encoder" for name in limits}
+        return {NAMES[name]: parts.token_ids(name, prompts, limit, cuts[name]) for name, limit in limits.items()}
 
     return Text(features, tokenize, limits)
 

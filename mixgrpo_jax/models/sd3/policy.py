@@ -1,0 +1,175 @@
+"""Stable Diffusion 3 and 3.5 as a family: the parts, the text, guidance, and the policy that they make."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from mixgrpo_jax.models import sd3, t5, vae
+from mixgrpo_jax.models.clip import text as clip
+from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
+from mixgrpo_jax.models.families import Family, Part, Parts, Text
+from mixgrpo_jax.models.nn import placement
+from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.vae import VAEConfig
+
+NAMES = {"text_encoder_3": "t5", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # of the encoders' tokens
+CLIPS = ("text_encoder", "text_encoder_2")
+T5 = "text_encoder_3"
+NEGATIVE = "negative_"  # before the names of what belongs to the negative prompt, which is empty
+
+
+def sd3_vae() -> VAEConfig:
+    """The autoencoder of Stable Diffusion 3: 83.8 M parameters, 16 latent channels."""
+    return VAEConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
+    """The policy of these parts, see `Family.make`. Guidance of a scale above 1 is part of its velocity."""
+    model, size, dtype = parts.configs["transformer"], tuple(config.image_size), jnp.dtype(config.dtype)
+    codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
+    if codec.channels != model.channels:
+        raise ValueError(f"the transformer takes {model.channels} channels a token, the codec makes {codec.channels}")
+    wide = parts.configs[T5].d_model if T5 in parts.configs else model.joint_attention_dim
+    pooled = sum(parts.configs[name].projection_dim or 0 for name in CLIPS)
+    for ours, theirs, of in ((model.joint_attention_dim, wide, T5), (model.pooled_projection_dim, pooled, "CLIPs")):
+        if ours != theirs:
+            raise ValueError(
+                f"the transformer takes text of {ours} channels, and {of} gives {theirs}: of another model?"
+            )
+    scale, guided = config.guidance, config.guidance > 1
+    options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
+    options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
+    all_features, tokenize, limits = text(parts, config.text_length, dtype)
+    clips = limits["text_encoder"]
+
+    def velocity(params, x, sigma, cond):
+        if not guided:
+            return sd3.apply(model, params, x, sigma, cond["text"], cond["pooled"], codec.grid, **options)
+        sigma = jnp.broadcast_to(sigma, len(x))
+        twice = pairs(x, x), pairs(sigma, sigma), *(pairs(cond[NEGATIVE + n], cond[n]) for n in ("text", "pooled"))
+        v = sd3.apply(model, params, *twice, codec.grid, **options)
+        without, with_text = jnp.moveaxis(v.reshape(len(x), 2, *v.shape[1:]), 1, 0)
+        return without + scale * (with_text - without)
+
+    def features(params, tokens):
+        cond = all_features(params, tokens)
+        return cond if guided else {name: cond[name] for name in ("text", "pooled")}
+
+    def token_shapes(prompts):
+        shapes = {NAMES[name]: jax.ShapeDtypeStruct((prompts, limit), jnp.int32) for name, limit in limits.items()}
+        return shapes | {NEGATIVE + name: shape for name, shape in shapes.items()}
+
+    def cond_shapes(prompts):
+        length = clips + config.text_length
+        sizes = {"text": (length, model.joint_attention_dim), "pooled": (model.pooled_projection_dim,)}
+        sizes |= {NEGATIVE + name: size for name, size in sizes.items()} if guided else {}
+        return {name: jax.ShapeDtypeStruct((prompts, *size), jnp.bfloat16) for name, size in sizes.items()}
+
+    evaluations = 2 if guided else 1
+    return Policy(
+        velocity=velocity,
+        features=features,
+        tokenize=tokenize,
+        token_shapes=token_shapes,
+        cond_shapes=cond_shapes,
+        codec=codec,
+        flops=sd3.flops(model, int(np.prod(codec.grid)), clips + config.text_length),
+        evaluations=evaluations,
+    )
+
+
+def pairs(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[B, ...] twice -> [2 B, ...], a's row before b's: one behind the other, all rows would change their devices."""
+    a, b = jnp.broadcast_arrays(a, b)
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
+
+
+def text(parts: Parts, length: int, dtype: Any) -> Text:
+    """Prompts as CLIP-L, CLIP-G and `length` tokens of T5 see them, and the empty one, away from which guidance leads.
+
+    cond is {"text": [P, 77 + L, D], CLIP's features before the last block side by side, filled up with zeros to T5's
+    width, then T5's, padding included; "pooled": [P, C], both CLIPs' side by side; and the same of the empty prompt,
+    encoded once, as "negative_text" and "negative_pooled"}. Zeros stand in the place of a T5 that is not there.
+
+    A prompt that does not fit T5's length, or without T5 CLIP's, is refused, unless it is to be cut; beside T5, CLIP's
+    is always cut, as the released pipelines do.
+    """
+    encoders = parts.configs
+    width = encoders[T5].d_model if T5 in encoders else encoders.get("transformer", sd3.SD3Config()).joint_attention_dim
+    limits = {T5: length} if T5 in encoders else {}
+    limits |= {name: encoders[name].max_position_embeddings for name in CLIPS}
+
+    def encode(params, tokens):
+        clips = [clip.apply(encoders[name], params[name], tokens[NAMES[name]], dtype) for name in CLIPS]
+        joined = jnp.concatenate([encoded.penultimate for encoded in clips], axis=-1)
+        joined = jnp.pad(joined, ((0, 0), (0, 0), (0, width - joined.shape[-1])))
+        if T5 in encoders:
+            behind = t5.apply(encoders[T5], params[T5], tokens["t5"], dtype)
+        else:
+            behind = jnp.zeros((len(joined), length, width), dtype)
+        pooled = jnp.concatenate([encoded.pooled for encoded in clips], axis=-1)
+        return {"text": jnp.concatenate([joined, behind], axis=1), "pooled": pooled}
+
+    def features(params, tokens):
+        negative = encode(params, {name: tokens[NEGATIVE + name][:1] for name in tokens if NEGATIVE + name in tokens})
+        cond, rows = encode(params, tokens), len(tokens["clip_l"])
+        everywhere = {NEGATIVE + name: jnp.broadcast_to(a, (rows, *a.shape[1:])) for name, a in negative.items()}
+        return cond | everywhere
+
+    def tokenize(prompts, cut=False):
+        first, tokens = next(iter(limits)), {}
+        for name, limit in limits.items():
+            tokens[NAMES[name]] = parts.token_ids(name, prompts, limit, cut or name != first)
+            tokens[NEGATIVE + NAMES[name]] = np.repeat(parts.token_ids(name, [""], limit, True), len(prompts), axis=0)
+        return tokens
+
+    return Text(features, tokenize, limits)
+
+
+def _small() -> dict[str, Any]:
+    """3.5 Medium's architecture at width 128 over two-layer encoders, without a VAE."""
+    clips = {name: clip.clip_tiny(hidden_size=64, projection_dim=64) for name in CLIPS}
+    return {"transformer": sd3.sd3_small(), T5: t5.t5_tiny(vocab_size=64), **clips}
+
+
+def _released(transformer: sd3.SD3Config) -> dict[str, Any]:
+    encoders = {T5: t5.t5_xxl(), "text_encoder": clip.clip_l_projected(), "text_encoder_2": clip.clip_g()}
+    return {"transformer": transformer, **encoders, "vae": sd3_vae()}
+
+
+FAMILY = Family(
+    transformer=sd3.TRANSFORMER,
+    parts={
+        T5: Part(t5, "tokenizer_3", optional=True),
+        "text_encoder": Part(clip, "tokenizer"),
+        "text_encoder_2": Part(clip, "tokenizer_2"),
+        "vae": Part(vae, optional=True),
+    },
+    rules=(
+        (r"(text_in|final_modulation|final_out)/kernel", P(placement.CUT, "tensor")),
+        (r"patch_embedding", P(None, None, None, placement.CUT)),
+        (r"position_table", P(None, None, placement.CUT)),  # so that a crop moves nothing
+        *placement.RULES,
+    ),
+    targets=r".*_blocks/(image|text)/(attention/(q|k|v)|attention_out)",
+    text=text,
+    make=make,
+    small=_small,
+    architectures={
+        "sd3-medium": lambda: _released(sd3.sd3_medium()),
+        "sd35-medium": lambda: _released(sd3.sd35_medium()),
+        "sd35-large": lambda: _released(sd3.sd35_large()),
+    },
+)
