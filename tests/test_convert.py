@@ -311,8 +311,8 @@ def change_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def sd3(folder):
-    change_json(save_transformer(folder) / "config.json", _class_name="SD3Transformer2DModel")
+def qwen(folder):
+    change_json(save_transformer(folder) / "config.json", _class_name="QwenImageTransformer2DModel")
 
 
 def t5(folder):
@@ -358,7 +358,7 @@ def other_orbax(folder):
     "make, message",
     [
         (lambda folder: None, "--source='.*source': there is no such file or folder"),
-        (sd3, r"source/config.json has _class_name='SD3Transformer2DModel', no known family; .*FluxTransformer2DModel"),
+        (qwen, r"config.json has _class_name='QwenImageTransformer2DModel', no known family; .*FluxTransformer2DModel"),
         (t5, r"config.json has _class_name=None, no known family; choose from FluxTransformer2DModel"),
         (no_config, "there is no .*config.json: give a model's folder"),
         (adapters_only, "holds adapters .* as --base"),

@@ -14,8 +14,9 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.data import features as store
 from mixgrpo_jax.encode import encode
-from mixgrpo_jax.models import families, sd3
+from mixgrpo_jax.models import families
 from mixgrpo_jax.models.nn.patches import unpack
+from mixgrpo_jax.models.sd3.policy import FAMILY
 from mixgrpo_jax.sample import sample
 from mixgrpo_jax.train import train
 from tests.test_pipeline import PROMPTS, SIZE, STEPS, encode_signs, tokenizer
@@ -215,12 +216,10 @@ def test_a_folder_without_a_clip_is_refused(pipeline, folder, tmp_path):
         families.load(tmp_path)
 
 
-def test_the_small_family_trains_from_scratch_without_a_vae():
-    family = families.pkgutil.resolve_name(families.FAMILIES["SD3Transformer2DModel"])
-    parts = families.Parts(family, family.small(), dict.fromkeys(family.encoders.values(), tokenizer(32)))
-    policy = family.make(parts, configs.resolve(configs.base()).model)
+def test_the_small_family_draws_without_a_vae():
+    parts = families.Parts(FAMILY, FAMILY.small(), dict.fromkeys(FAMILY.encoders.values(), tokenizer(32)))
+    policy = FAMILY.make(parts, configs.resolve(configs.base()).model)
     shapes = families.shapes(parts, text=True)
     cond = jax.eval_shape(policy.features, shapes, policy.tokenize(PROMPTS))
     v = jax.eval_shape(policy.velocity, shapes["transformer"], jnp.zeros((2, *policy.latent_shape)), 0.5, cond)
     assert v.shape == (2, *policy.latent_shape)
-    assert sd3.sd3_small().channels == policy.codec.channels

@@ -22,7 +22,7 @@ KEPT = (
     *("model.image_size", "model.text_length", "model.guidance"),
     *("seed", "data", "plan.name", "evaluation.prompts", "optimizer.name", "optimizer.dtype"),
 )
-LATER = ("model.lora.init_from",)  # fields that the first runs did not have
+LATER = {"model.lora.init_from": "", "plan.spacing": "trailing"}  # what the first runs had without these fields
 NAMED = ("rewards", "reward_options", "averages", "terms", "plan", "objective", "select", "model.lora")  # may lack some
 
 
@@ -38,7 +38,7 @@ def check(config: Any, workdir: str | pathlib.Path, *, reads: bool = False) -> d
     file = pathlib.Path(workdir) / CONFIG
     if not file.is_file():
         return {}
-    recorded = {field: "" for field in LATER} | dict(_fields(_read(file)))
+    recorded = LATER | dict(_fields(_read(file)))
     own = dict(_fields(json.loads(config.to_json_best_effort())))
     changed = {
         name: [recorded.get(name), own.get(name)]

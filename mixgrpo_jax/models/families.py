@@ -192,7 +192,7 @@ def of(transformer: str | os.PathLike) -> Family:
 
 
 def of_encoders(folder: Path) -> Family:
-    """The family of a checkpoint's folder. Where it has text encoders alone, the first family whose encoders are there.
+    """The family of a checkpoint's folder. Where it has text encoders alone, the one that takes the most of them.
 
     Raises ValueError where no family's are.
     """
@@ -200,7 +200,7 @@ def of_encoders(folder: Path) -> Family:
         return of(folder / "transformer")
     lacks = [(family, _lacks(family, folder)) for family in _families()]
     if found := [family for family, absent in lacks if not absent]:
-        return found[0]
+        return max(found, key=lambda family: sum((folder / name).is_dir() for name in family.encoders))
     needs = "; ".join(f"{family.transformer.class_name} needs {', '.join(absent)}" for family, absent in lacks)
     raise ValueError(f"{str(folder)!r} has no model's text encoders ({needs}); give a folder as diffusers saves it")
 

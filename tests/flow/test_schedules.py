@@ -24,6 +24,16 @@ def test_schedule_falls_from_one_to_zero(num_steps, shift):
     assert (np.diff(sigmas) < 0).all()
 
 
+@pytest.mark.parametrize("num_steps, shift", [(4, 3.0), (10, 3.0), (28, 1.0)])
+def test_linspace_is_what_the_scheduler_of_diffusers_sets_by_itself(num_steps, shift):
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    sigmas = shifted_sigmas(num_steps, shift, "linspace")
+    np.testing.assert_allclose(sigmas, scheduler.sigmas, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(sigmas[2:], compressed_suffix(num_steps, shift, 2, 1.0, "linspace"))
+    assert len(compressed_suffix(num_steps, shift, 2, 0.5, "linspace")) == max((num_steps - 1) // 2, 2)
+
+
 def test_unit_shift_is_uniform():
     np.testing.assert_allclose(shifted_sigmas(8, 1.0), np.linspace(1, 0, 9))
 
