@@ -1,6 +1,7 @@
 """The whole pipeline against diffusers, on a small random Stable Diffusion 3: the same noise, the same pictures."""
 
 import copy
+import dataclasses
 
 import diffusers
 import jax
@@ -151,16 +152,18 @@ def test_sample_draws_what_diffusers_draws(pipeline, folder, noise, tmp_path, gu
 
 
 def test_an_evaluation_with_guidance_counts_twice_and_is_that_of_two_calls(folder, noise):
-    parts, params = families.load(folder)
-    guided, plain = (parts.family.make(parts, settings(folder, scale).model) for scale in (GUIDANCE, 1.0))
+    parts, params = families.load(folder, text=False)
+    parts = dataclasses.replace(parts, configs=families.read_parts(folder).configs)
+    models = (configs.resolve(settings(folder, scale)).model for scale in (GUIDANCE, 1.0))
+    guided, plain = (parts.family.make(parts, model) for model in models)
     assert (guided.evaluations, plain.evaluations) == (2, 1)
-    cond = guided.features(params, guided.tokenize(PROMPTS))
-    shapes = {name: shape.shape for name, shape in guided.cond_shapes(2).items()}
-    assert shapes == {name: a.shape for name, a in cond.items()}
-    v = guided.velocity(params["transformer"], noise, 0.5, cond)
-    with_text = plain.velocity(params["transformer"], noise, 0.5, cond)
+    rng = np.random.default_rng(1)
+    cond = {name: rng.normal(size=shape.shape).astype(np.float32) for name, shape in guided.cond_shapes(2).items()}
     negative = {name: cond[f"negative_{name}"] for name in ("text", "pooled")}
-    without = plain.velocity(params["transformer"], noise, 0.5, negative)
+    v = jax.jit(guided.velocity)(params["transformer"], noise, 0.5, cond)
+    alone = jax.jit(plain.velocity)
+    own = {name: cond[name] for name in negative}
+    with_text, without = (alone(params["transformer"], noise, 0.5, told) for told in (own, negative))
     np.testing.assert_allclose(v, without + GUIDANCE * (with_text - without), atol=1e-5)
 
 
@@ -185,6 +188,8 @@ def test_trained_on_cached_features_with_guidance_and_exported_to_diffusers(pipe
         trained.load_lora_weights(tmp_path / "exported")
     else:
         exported = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "exported")
+        before, after = (model.pos_embed.pos_embed for model in (pipeline.transformer, exported))
+        assert torch.equal(before, after)  # which nothing trains
         trained = diffusers.StableDiffusion3Pipeline(**components | {"transformer": exported})
 
     ours = sample(config, tmp_path / "run", PROMPTS, noise).astype(int)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -61,7 +62,7 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
     chunks = decode_chunks(settings.samples, settings.batch.decode, meshes.batch_ways(mesh))
     sampled = rollout_places(settings, mesh)
 
-    fresh = _fresh(settings)
+    fresh = _fresh(settings, parts)
     place = meshes.shardings(jax.eval_shape(fresh, trainable.params), parts.family.rules, mesh)
     jit: Any = functools.partial(jax.jit, compiler_options=compiler.options(mesh.devices.flat))
     return Programs(
@@ -74,7 +75,7 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
         ),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jit(
-            _make_update(settings, policy, trainable.attach, meshes.batch_ways(mesh)),
+            _make_update(settings, parts, policy, trainable.attach, meshes.batch_ways(mesh)),
             donate_argnums=(0,),
             out_shardings=(place, whole),
         ),
@@ -199,7 +200,7 @@ def _memory(settings: Settings, parts: Parts, mesh: Any) -> _Memory | None:
     master = jnp.dtype(jnp.bfloat16 if lora.rank else settings.optimizer.dtype)
     params = families.shapes(parts, text=settings.data.name != "features", dtype=master)
     made = trainable_shapes(parts, params.pop("transformer"), lora, settings.keep_base)
-    state = jax.eval_shape(_fresh(settings), made.params)
+    state = jax.eval_shape(_fresh(settings, parts), made.params)
     copy = jax.eval_shape(functools.partial(_cast, dtype), (made.params, made.base if lora.rank else None))
     widest = max((max(leaf.shape, default=1) for leaf in _blocks(copy)), default=1)
     left = 0.9 * memory - held(state) - held(params) - held(made.base) - 2 * _bytes(_blocks(copy))
@@ -339,19 +340,20 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
     return roles
 
 
-def _optimiser(settings: Settings) -> optax.GradientTransformation:
-    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
+def _optimiser(settings: Settings, parts: Parts) -> optax.GradientTransformation:
+    fixed = "" if settings.model.lora.rank else parts.family.fixed
+    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates, fixed)
 
 
-def _fresh(settings: Settings) -> Callable[[Any], TrainState]:
-    return functools.partial(init_state, optimiser=_optimiser(settings), averages=settings.averages)
+def _fresh(settings: Settings, parts: Parts) -> Callable[[Any], TrainState]:
+    return functools.partial(init_state, optimiser=_optimiser(settings, parts), averages=settings.averages)
 
 
-def _make_update(settings: Settings, policy: Policy, attach: Any, ways: int) -> Any:
+def _make_update(settings: Settings, parts: Parts, policy: Policy, attach: Any, ways: int) -> Any:
     update = make_update(
         settings.objective,
         make_roles(settings, policy.velocity, attach),
-        _optimiser(settings),
+        _optimiser(settings, parts),
         Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens),
         num_updates=settings.batch.updates,
         micro_batch=settings.micro_batch(ways),
@@ -367,9 +369,10 @@ def _make_update(settings: Settings, policy: Policy, attach: Any, ways: int) -> 
     return update_policy
 
 
-def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransformation:
+def make_optimiser(options: Optimizer, num_updates: int, fixed: str = "") -> optax.GradientTransformation:
     """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
 
+    Parameters in whose paths the regex `fixed` is found have no gradient; they get no moments, and do not decay.
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
     """
     rate, warmup = options.learning_rate, max(options.warmup, 1)
@@ -385,4 +388,10 @@ def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransf
         )
     else:
         step = optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay)
+    if fixed:
+
+        def moves(path: Any, leaf: Any) -> bool:
+            return not re.search(fixed, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+        step = optax.masked(step, functools.partial(jax.tree_util.tree_map_with_path, moves))
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)

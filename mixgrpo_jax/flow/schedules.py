@@ -18,7 +18,7 @@ def shifted_sigmas(num_steps: int, shift: float, spacing: str = "trailing") -> n
     >>> shifted_sigmas(4, shift=3.0)
     array([1.  , 0.9 , 0.75, 0.5 , 0.  ], dtype=float32)
     >>> shifted_sigmas(4, shift=3.0, spacing="linspace").round(4)
-    array([1.    , 0.858 , 0.6022, 0.0089, 0.    ], dtype=float32)
+    array([1.    , 0.8577, 0.6022, 0.0089, 0.    ], dtype=float32)
 
     Args:
       num_steps: number of steps T.

@@ -89,6 +89,7 @@ class Family:
       keeps no activations, so it recomputes none. Raises ValueError for parts or settings that do not fit.
     small: configs by part of a model that is trained from scratch on small pictures.
     architectures: configs by part of released models, by their name.
+    fixed: a regex of the transformer's parameters that are not trained, and have no gradient.
     """
 
     transformer: Transformer
@@ -99,6 +100,7 @@ class Family:
     make: Callable[..., Policy]
     small: Callable[[], dict[str, Any]]
     architectures: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
+    fixed: str = ""
 
     @property
     def models(self) -> dict[str, Model]:

@@ -172,4 +172,5 @@ FAMILY = Family(
         "sd35-medium": lambda: _released(sd3.sd35_medium()),
         "sd35-large": lambda: _released(sd3.sd35_large()),
     },
+    fixed="position_table",
 )
