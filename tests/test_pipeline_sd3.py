@@ -206,10 +206,10 @@ def test_cached_features_hold_the_negative_prompt_once(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     encode(folder, str(tmp_path / "prompts.txt"), tmp_path / "kept", max_length=LENGTH, batch=2)
     encode(folder, str(tmp_path / "prompts.txt"), tmp_path / "dropped", max_length=LENGTH, batch=2, padding="drop")
-    kept, dropped = (store.load("train", tmp_path / name)[0]["features"] for name in ("kept", "dropped"))
+    kept, dropped = (store.load("train", tmp_path / name)[1]["features"] for name in ("kept", "dropped"))
     assert kept["text"].shape == kept["negative_text"].shape == dropped["text"].shape == (CLIP_LENGTH + LENGTH, 40)
     np.testing.assert_array_equal(kept["negative_text"], dropped["negative_text"])
-    own = CLIP_LENGTH + store.load("train", tmp_path / "kept")[0]["length"]
+    own = CLIP_LENGTH + store.load("train", tmp_path / "kept")[1]["length"]
     np.testing.assert_array_equal(kept["text"][:own], dropped["text"][:own])
     assert kept["text"][own:].any() and not dropped["text"][own:].any()
 

@@ -143,7 +143,7 @@ class _DualStream(Stream):
 
 
 class _ReadStream(nnx.Module):
-    """The text's weights of the last block, which attends to it and leaves it."""
+    """The text's weights of the last block, which attends to it and leaves it; here the modulation is scale, shift."""
 
     chunks = 2
 
@@ -164,19 +164,19 @@ class _Block(nnx.Module):
         """`attend` is of all tokens, and of the image's alone."""
         streams, (attend_all, attend_own) = (self.text, self.image), attend
         of_text, of_image = (chunks(stream.modulation(condition), stream.chunks) for stream in streams)
-        shift, scale = of_text[1::-1] if len(of_text) == 2 else of_text[:2]  # (scale, shift) in the last block
+        last = isinstance(self.text, _ReadStream)
+        shift, scale = of_text[::-1] if last else of_text[:2]
         heads = [
             self.text.attention(layers.modulate(text, shift, scale), None, tokens_last),
             self.image.attention(layers.modulate(image, *of_image[:2]), None, tokens_last),
         ]
         y_text, y_image = jointly(attend_all, heads, [text.shape[1], image.shape[1]], tokens_last)
-        before = image
-        if len(of_image) > 6:
+        if isinstance(self.image, _DualStream):
             *_, shift, scale, gate = of_image
-            own = attend_own(*self.image.own.attention(layers.modulate(before, shift, scale), None, tokens_last))
-            image = image + gate * self.image.own.attention_out(own)
+            y = attend_own(*self.image.own.attention(layers.modulate(image, shift, scale), None, tokens_last))
+            image = image + gate * self.image.own.attention_out(y)
         image = self.image.finish(image, y_image, of_image)
-        return (text if len(of_text) == 2 else self.text.finish(text, y_text, of_text)), image
+        return (text if last else self.text.finish(text, y_text, of_text)), image
 
 
 class _DualBlock(_Block):

@@ -41,10 +41,14 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
     if codec.channels != model.channels:
         raise ValueError(f"the transformer takes {model.channels} channels a token, the codec makes {codec.channels}")
-    wide = parts.configs[T5].d_model if T5 in parts.configs else model.joint_attention_dim
-    pooled = sum(parts.configs[name].projection_dim or 0 for name in CLIPS)
-    for ours, theirs, of in ((model.joint_attention_dim, wide, T5), (model.pooled_projection_dim, pooled, "CLIPs")):
-        if ours != theirs:
+    encoders = parts.configs  # which are not read where the data have the features
+    wide = encoders[T5].d_model if T5 in encoders else model.joint_attention_dim
+    pooled = [encoders[name].projection_dim or 0 for name in CLIPS if name in encoders]
+    for ours, theirs, of in (
+        (model.joint_attention_dim, wide, T5),
+        (model.pooled_projection_dim, sum(pooled), "CLIPs"),
+    ):
+        if ours != theirs and (of == T5 or pooled):
             raise ValueError(
                 f"the transformer takes text of {ours} channels, and {of} gives {theirs}: of another model?"
             )
@@ -109,7 +113,7 @@ def text(parts: Parts, length: int, dtype: Any) -> Text:
     encoders = parts.configs
     width = encoders[T5].d_model if T5 in encoders else encoders.get("transformer", sd3.SD3Config()).joint_attention_dim
     limits = {T5: length} if T5 in encoders else {}
-    limits |= {name: encoders[name].max_position_embeddings for name in CLIPS}
+    limits |= {name: encoders.get(name, clip.clip_l()).max_position_embeddings for name in CLIPS}
 
     def encode(params, tokens):
         clips = [clip.apply(encoders[name], params[name], tokens[NAMES[name]], dtype) for name in CLIPS]
