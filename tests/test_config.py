@@ -52,8 +52,10 @@ def test_recipes_differ_from_their_task_in_the_method_only():
         for name in [name for name in RECIPES if not name.startswith(("flux", "quickstart", "signs", "scenes"))]:
             recipe = configs.load(name, HERE, on).to_dict()
             changed = {key for key in task if recipe[key] != task[key]}
-            method = {"plan", "sampler", "batch", "advantage", "objective", "terms"}
-            assert changed <= method | ({"averages"} if name == "nft" else set()), (name, on)
+            method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
+            keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
+            assert changed <= method | ({"averages"} if keeps else set()), (name, on)
+            assert task["averages"].items() <= recipe["averages"].items(), (name, on)
 
 
 def test_published_settings():
@@ -149,7 +151,7 @@ def put(config, field, value):
         ("evaluation.trained_steps", 21, r"evaluation.trained_steps=21 is not in 0..10"),
         ("data.name", "scene", "data.name='scene'.*choose from features, scenes, signs"),
         ("evaluation.solver", "rk4", "evaluation.solver='rk4'.*choose"),
-        ("objective.name", "nftt", "objective.name='nftt' is unknown; choose from grpo, nft"),
+        ("objective.name", "nftt", "objective.name='nftt' is unknown; choose from awm, .*grpo, nft"),
         ("objective.name", "nowhere:Loss", "objective.name='nowhere:Loss': No module named 'nowhere'; write 'module:"),
     ],
 )
@@ -317,7 +319,7 @@ def test_a_renamed_field_says_where_it_is(old, new):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: configs.choose("objective", "ntf"), "objective.name='ntf' is unknown; choose from grpo, nft"),
+        (lambda: configs.choose("objective", "ntf"), "objective.name='ntf' is unknown; choose from awm, .*grpo, nft"),
         (lambda: configs.choose("plan", "windw"), "plan.name='windw' is unknown; choose from .*window"),
         (
             lambda: configs.choose("objective", "nft", bta=0.1),

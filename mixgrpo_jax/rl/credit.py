@@ -23,13 +23,15 @@ class Credit:
     Attributes:
       combine: (scores {name: [B]}, group [B], shares {name: sum to 1}, credit) -> A [B]. "advantages" normalises each
         reward and then adds them by weight; "rewards" adds raw rewards by weight and normalises the sum.
-      shape: (A [B], group [B], credit) -> A [B]. "none" leaves it.
+      shape: (A [B], group [B], credit) -> A [B]. "none" leaves it; "whiten" normalises it once more, by the batch; "tanh"
+        bends it, clip tanh(A / clip); "power" is `power_law`, SLAS's.
       spread: (A [B], scores {name: Score}, shares, rollout) -> A [n or 1, B, S or 1]. "even" gives every place and
         position the sample's; "map" multiplies it by the rewards' maps.
       mean_scope, std_scope: "group" or "batch", whose statistics are used. std_scope "none" only subtracts the mean.
       ddof, epsilon: A = (r - mean) / (std + epsilon), with the std's delta degrees of freedom.
       trim: this fraction of each group's lowest rewards is left out of the statistics (not of the result).
       clip: advantages are limited to [-clip, clip], when they are shaped.
+      power: the exponent of the shape "power"; 1 leaves what it is of.
 
     Raises:
       ValueError: when a field is out of range.
@@ -42,6 +44,7 @@ class Credit:
     epsilon: float = 1e-8
     trim: float = 0.0
     clip: float = 5.0
+    power: float = 1.0
     shape: str = "none"
     spread: str = "even"
 
@@ -58,6 +61,8 @@ class Credit:
             self._named(field)
         if not 0 <= self.trim < 1:
             raise ValueError(f"advantage.trim={self.trim} is not in [0, 1): it is a fraction of each group")
+        if not self.power > 0:
+            raise ValueError(f"advantage.power={self.power} must be positive; 1 bends nothing")
         if not self.clip > 0 or not self.epsilon >= 0:
             raise ValueError(f"advantage.clip={self.clip}, epsilon={self.epsilon}: choose clip > 0 and epsilon >= 0")
 
@@ -112,6 +117,30 @@ def by_reward(rewards: Mapping[str, np.ndarray], group: np.ndarray, share: Mappi
     return normalise(np.sum([share[name] * rewards[name] for name in share], axis=0), group, credit)
 
 
+def whiten(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.ndarray:
+    """(A - mean) / (std + epsilon) over the batch, [B]: with combine="advantages" it is GDPO (arXiv 2601.05242)."""
+    del group
+    _, std = _statistics(advantage, np.zeros(len(advantage), int), np.ones_like(advantage), credit.ddof)
+    return (advantage - advantage.mean()) / (std + credit.epsilon)
+
+
+def tanh(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.ndarray:
+    """clip tanh(A / clip), V-GRPO's soft clip, [B]."""
+    del group
+    return credit.clip * np.tanh(advantage / credit.clip)
+
+
+def power_law(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.ndarray:
+    """sign(d) |d|^power, over its standard deviation in the batch, [B].
+
+    It is SLAS (arXiv 2605.10937) where d = r - mean_group, as std_scope="none" gives it.
+    """
+    del group
+    bent = np.sign(advantage) * np.abs(advantage) ** credit.power
+    _, std = _statistics(bent, np.zeros(len(bent), int), np.ones_like(bent), credit.ddof)
+    return bent / (std + credit.epsilon)
+
+
 def even(advantage: np.ndarray, scores: Scores, share: Mapping[str, float], rollout: Any) -> np.ndarray:
     """The sample's advantage everywhere, [1, B, 1]."""
     del scores, share, rollout
@@ -133,7 +162,12 @@ def by_map(advantage: np.ndarray, scores: Scores, share: Mapping[str, float], ro
 
 TABLES: dict[str, dict[str, Callable]] = {
     "combine": {"advantages": by_advantage, "rewards": by_reward},
-    "shape": {"none": lambda advantage, group, credit: advantage},
+    "shape": {
+        "none": lambda advantage, group, credit: advantage,
+        "whiten": whiten,
+        "tanh": tanh,
+        "power": power_law,
+    },
     "spread": {"even": even, "map": by_map},
 }
 

@@ -107,11 +107,44 @@ def test_trimming_leaves_the_lowest_out_of_the_statistics_only():
         ("ddof", 2),
         ("trim", 1.0),
         ("clip", 0.0),
+        ("power", 0.0),
     ],
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=rf"advantage\..*{field}={value!r}"):
         Credit(**{field: value})
+
+
+def test_gdpo_normalises_each_reward_by_group_and_then_the_batch():
+    credit = Credit(shape="whiten", ddof=0, epsilon=0.0)
+    result = advantages(SCORES, GROUPS, WEIGHTS, credit)
+    by_group = {
+        name: np.concatenate([(r - r.mean()) / r.std() for r in values.reshape(3, 4)])
+        for name, values in SCORES.items()
+    }
+    combined = by_group["a"] / 4 + 3 * by_group["b"] / 4
+    np.testing.assert_allclose(result, (combined - combined.mean()) / combined.std(), rtol=1e-5)
+    assert not advantages({"r": np.ones(4)}, np.zeros(4), {"r": 1.0}, Credit(shape="whiten")).any()
+
+
+def test_tanh_bends_and_is_the_same_near_zero():
+    hard, soft = (advantages(SCORES, GROUPS, WEIGHTS, Credit(shape=shape, clip=3.0)) for shape in ("none", "tanh"))
+    np.testing.assert_allclose(soft, 3 * np.tanh(hard / 3), rtol=1e-5)
+    tiny = Credit(shape="tanh", clip=1e3)
+    np.testing.assert_allclose(advantages(SCORES, GROUPS, WEIGHTS, tiny), hard, rtol=1e-5)
+
+
+def test_slas_is_a_power_of_the_deviation_over_the_batchs_spread():
+    reward, credit = {"a": SCORES["a"]}, Credit(std_scope="none", shape="power", power=1.5, ddof=0, clip=1e3)
+    result = advantages(reward, GROUPS, {"a": 1.0}, credit)
+    d = np.concatenate([r - r.mean() for r in SCORES["a"].reshape(3, 4)])
+    bent = np.sign(d) * np.abs(d) ** 1.5
+    np.testing.assert_allclose(result, bent / bent.std(), rtol=1e-5)
+    np.testing.assert_allclose(  # whatever the rewards' units
+        advantages({"a": 100 * SCORES["a"] + 7}, GROUPS, {"a": 1.0}, credit), result, rtol=1e-4
+    )
+    straight = advantages(reward, GROUPS, {"a": 1.0}, Credit(std_scope="none", shape="power", ddof=0))
+    np.testing.assert_allclose(straight, d / d.std(), rtol=1e-5)
 
 
 ADVANTAGE = np.array([1.0, -2.0, 0.5], np.float32)
