@@ -23,8 +23,8 @@ class Credit:
     Attributes:
       combine: (scores {name: [B]}, group [B], shares {name: sum to 1}, credit) -> A [B]. "advantages" normalises each
         reward and then adds them by weight; "rewards" adds raw rewards by weight and normalises the sum.
-      shape: (A [B], group [B], credit) -> A [B]. "none" leaves it; "whiten" normalises it once more, by the batch; "tanh"
-        bends it, clip tanh(A / clip); "power" is `power_law`, SLAS's.
+      shape: (A [B], group [B], credit) -> A [B]. "none" leaves it; "whiten" normalises it once more, by the batch;
+        "tanh" bends it, clip tanh(A / clip); "power" is `power_law`, SLAS's.
       spread: (A [B], scores {name: Score}, shares, rollout) -> A [n or 1, B, S or 1]. "even" gives every place and
         position the sample's; "map" multiplies it by the rewards' maps.
       mean_scope, std_scope: "group" or "batch", whose statistics are used. std_scope "none" only subtracts the mean.

@@ -40,7 +40,7 @@ def test_dpo_at_the_base_moves_by_wins_less_losses(setting):
 
 
 def test_dpo_of_a_pair_is_the_log_sigmoid_of_its_margin(setting):
-    samples, _, v, loss = given(setting, DPO(beta=3.0))
+    samples, _, v, _ = given(setting, DPO(beta=3.0))
     samples = samples._replace(weight=jnp.array([0.0, 1, 0, 1, 0, 0, 0, 0]))  # the first group's best and worst
     _, eps = DPO().pairs(samples, KEYS, TOOLS)
     other = v + 0.1
