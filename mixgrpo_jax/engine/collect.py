@@ -19,7 +19,8 @@ from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
-from mixgrpo_jax.rewards.scoring import score_chunks
+from mixgrpo_jax.rewards.scoring import of_groups, score_chunks
+from mixgrpo_jax.rl.credit import Seen
 from mixgrpo_jax.rl.select import All
 from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
@@ -93,7 +94,8 @@ class Collector:
         """
         share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
         score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
-        return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        return of_groups(self.rewards, scores, self.group)
 
     def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
         """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score."""
@@ -104,11 +106,12 @@ class Collector:
         index, weight = settings.select(by_group)
         everything = np.zeros(settings.samples, np.float32)
         everything[index] = weight * ~np.isnan(advantage)[index]
-        needs = settings.objective.needs
+        needs, parts = settings.objective.needs, settings.advantage.of_rewards(values, self.group, settings.rewards)
+        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens)
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,
             rows=sampled.rows if needs & {"rows", "ode_row"} else (),
-            advantage=settings.advantage.over_places(advantage, scores, settings.rewards, sampled),
+            advantage=settings.advantage.over_places(advantage, scores, settings.rewards, seen),
             weight=everything,
             cond=drawn.cond,
             extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},

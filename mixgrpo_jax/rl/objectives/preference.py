@@ -145,8 +145,10 @@ class DGPO(Preference):
 
 @dataclass(frozen=True)
 class CRD(Preference):
-    """Centred reward distillation (arXiv 2603.14128): L = adv_max / beta (beta (r - mean r) - (R - mean R))^2. Means are
-    over the group, that of r without gradient, the reward is R = clip(A / adv_max, -1, 1) / 2 + 1/2, the implicit one
+    """Centred reward distillation (arXiv 2603.14128): L = adv_max / beta (beta (r - mean r) - (R - mean R))^2.
+
+    Means are over the group, that of r without gradient, the reward is R = clip(A / adv_max, -1, 1) / 2 + 1/2, and the
+    implicit one
 
         r = mean(e_old^2) / w_old - mean(e^2) / w,   e = v - (eps - x0), w = mean |e| without gradient.
 
