@@ -54,7 +54,10 @@ def test_recipes_differ_from_their_task_in_the_method_only():
             changed = {key for key in task if recipe[key] != task[key]}
             method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
             keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
-            assert changed <= method | ({"averages"} if keeps else set()), (name, on)
+            rewards = {"rewards", "watched", "reward_options"} if changed & {"watched", "rewards"} else set()
+            assert changed <= method | rewards | ({"averages"} if keeps else set()), (name, on)
+            assert all(task[section].items() <= recipe[section].items() for section in ("rewards", "reward_options"))
+            assert set(task["watched"]) <= set(recipe["watched"]), (name, on)
             assert task["averages"].items() <= recipe["averages"].items(), (name, on)
 
 

@@ -14,7 +14,7 @@ REWARDS: dict[str, str] = {
     "image_reward": "mixgrpo_jax.rewards.image_reward:image_reward",
     "saliency": "mixgrpo_jax.rewards.perceptual:saliency",
     "novelty": "mixgrpo_jax.rewards.perceptual:novelty",
-    "digits": "mixgrpo_jax.tasks.signs.verify:digits",
+    "digits": "mixgrpo_jax.tasks.signs.where:digits",
     "shapes": "mixgrpo_jax.tasks.scenes.detector:shapes",
     "brisque": "mixgrpo_jax.rewards.brisque:brisque_reward",
     "jpeg_compressibility": "mixgrpo_jax.rewards.jpeg:jpeg_compressibility",

@@ -1,5 +1,4 @@
-"""What a picture's encoder tells beside a score: where in it something is (`saliency`), and how unlike the others of its
-group it is (`novelty`).
+"""What a picture's encoder tells beside a score: where in it something is, and how unlike the others of a group it is.
 
 The encoder is CLIP's image tower, from any weights of a CLIP reward, or "pixels": the picture itself, in cells.
 """
@@ -25,7 +24,7 @@ Kind = Literal["clip", "pixels"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Features of pictures uint8 or float [B, H, W, 3]: by patch [B, rows, columns, D], and as one unit vector [B, D]."""
+    """Features of pictures [B, H, W, 3], uint8 or float: by patch, and as one unit vector."""
 
     config: CLIPConfig | None
     cell: tuple[int, int]

@@ -134,13 +134,6 @@ def photograph(picture: np.ndarray, most: float, rng: np.random.Generator) -> di
     }
 
 
-def pooled(pictures: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """Means over the cells of pictures [B, H, W], row by row, over the largest of each picture: [B, S] in [0, 1]."""
-    b, h, w = pictures.shape
-    cells = pictures.reshape(b, h // cell[0], cell[0], w // cell[1], cell[1]).mean((2, 4)).reshape(b, -1)
-    return cells / np.maximum(cells.max(1, keepdims=True), 1e-6)
-
-
 def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
     """Tokenizer with one token for each of `words` and each digit among them, then </s>; pad 0, eos 1, unknown 2."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}

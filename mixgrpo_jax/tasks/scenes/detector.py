@@ -10,7 +10,7 @@ import scipy.ndimage
 
 from mixgrpo_jax.rewards.contract import Images, Reward, Score
 from mixgrpo_jax.rewards.geneval import Detection, scores
-from mixgrpo_jax.tasks.rendered import pooled
+from mixgrpo_jax.rewards.preprocess import pooled
 from mixgrpo_jax.tasks.scenes.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
 
 CONTRAST = 0.4  # distance from the ground, in the RGB unit cube, from which a pixel belongs to an object

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixgrpo_jax.rewards import ocr
-from mixgrpo_jax.rewards.contract import Images, Reward, Score
+from mixgrpo_jax.rewards.contract import Images, Reward
 from mixgrpo_jax.rewards.on_device import OnDevice
-from mixgrpo_jax.tasks.rendered import pooled
-from mixgrpo_jax.tasks.signs.rendering import coverage
 
 TOLERANCE = 0.25  # distance in the RGB unit cube at which a pixel counts 1/e
 DIGIT_SHARE = 0.02  # share of pixels that even the thinnest number, "1", covers
@@ -87,20 +85,6 @@ def colour() -> Reward:
         return colour_score(images, *colours)
 
     return Reward("colour", "device", OnDevice(function, {}, inputs))
-
-
-def digits(cell: tuple[int, int] = (8, 4)) -> Reward:
-    """Where the number of a prompt is to be, as a map beside a score of 0: the share of each cell that it covers.
-
-    Exact, since signs are rendered: to be watched, and named in advantage.map. `cell` is a latent position's pixels.
-    """
-
-    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Score:
-        del prompts
-        covered = np.stack([coverage(m["number"]) for m in metadata])
-        return Score(np.zeros(len(images), np.float32), pooled(covered, cell))
-
-    return Reward("digits", "host", score)
 
 
 def strict(where: Literal["host", "device"] = "device") -> Reward:
