@@ -3,7 +3,7 @@
     python -m mixgrpo_jax.train --config=configs/poca.py:signs --workdir=runs/poca
 
 What is known and what was chosen: see `by_front` in mixgrpo_jax/rl/pareto.py. Its prompts in three stages, from easy to
-hard, are not here: `difficulty` keeps those of the middle. Rate, clip, group and guidance are MixGRPO's.
+hard, are not here: `adagrpo` keeps those of the middle. Rate, clip, group and guidance are MixGRPO's.
 """
 
 from mixgrpo_jax import config as configs

@@ -20,7 +20,7 @@ from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
 from mixgrpo_jax.rewards.scoring import of_groups, score_chunks
-from mixgrpo_jax.rl.credit import Seen
+from mixgrpo_jax.rl.credit import Seen, shares
 from mixgrpo_jax.rl.select import All
 from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
@@ -103,7 +103,9 @@ class Collector:
         values = {name: score.value for name, score in scores.items()}
         advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
         by_group = advantage.reshape(settings.batch.prompts, -1)  # a group stands in a row
-        index, weight = settings.select(by_group)
+        share = shares(settings.rewards)
+        reward = np.sum([share[name] * values[name] for name in share], axis=0).reshape(by_group.shape)
+        index, weight = settings.select(by_group, reward)
         everything = np.zeros(settings.samples, np.float32)
         everything[index] = weight * ~np.isnan(advantage)[index]
         needs, parts = settings.objective.needs, settings.advantage.of_rewards(values, self.group, settings.rewards)
