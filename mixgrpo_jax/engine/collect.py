@@ -20,7 +20,7 @@ from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
 from mixgrpo_jax.rewards.scoring import of_groups, score_chunks
-from mixgrpo_jax.rl.credit import Seen, shares
+from mixgrpo_jax.rl.credit import Seen, map_of, shares
 from mixgrpo_jax.rl.select import All
 from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
@@ -116,10 +116,20 @@ class Collector:
             advantage=settings.advantage.over_places(advantage, scores, settings.rewards, seen),
             weight=everything,
             cond=drawn.cond,
-            extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},
+            extra=self._extra(drawn, scores),
         )
         plan = meshes.everywhere(drawn.plan, self.mesh)
         return Lesson(advantage, (batch, plan, None if isinstance(settings.select, All) else index))
+
+    def _extra(self, drawn: Drawn, scores: Mapping[str, Score]) -> dict[str, Any]:
+        """What else of the samples the objective asks for, [1, B, ...]."""
+        settings, extra = self.settings, {}
+        if "reward_grad" in settings.objective.needs:
+            extra["reward_grad"] = self._reward_grad(drawn)[None]
+        if "map" in settings.objective.needs:
+            found = map_of(scores, shares(settings.rewards), settings.advantage)
+            extra["map"] = np.nan_to_num(found, nan=0.0).astype(np.float32)[None]
+        return extra
 
     def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
         """An iteration's evaluations of the model in samples, and the programs compiled so far."""

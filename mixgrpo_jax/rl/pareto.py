@@ -15,7 +15,7 @@ def front(rewards: np.ndarray) -> np.ndarray:
     """
     no_worse = (rewards[:, None] >= rewards).all(-1)  # [by, of]
     better = (rewards[:, None] > rewards).any(-1)
-    return ~(no_worse & better).any(0)
+    return np.logical_not((no_worse & better).any(0))
 
 
 def by_front(

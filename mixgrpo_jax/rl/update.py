@@ -315,7 +315,8 @@ def count_evaluations(
         x, each, positions = jnp.zeros((places, 1, *shape)), jnp.zeros((places, 1)), max(1, math.prod(shape[:-1]))
         rows = Rows(x, x, jnp.zeros((places, 1, positions)), each + 1, each, each)
         one = jnp.ones(1)
-        batch = Batch(x[0], (rows,), each[:1, :, None], one, one, {"reward_grad": x[:1]})
+        asked = {"reward_grad": x[:1], "map": jnp.zeros((1, 1, positions))}
+        batch = Batch(x[0], (rows,), each[:1, :, None], one, one, asked)
         plan = Plan((), *[np.zeros((places, 1), np.int32)] * 5)
         keys, index = jax.random.split(jax.random.key(0), places), jnp.arange(1)
         extra = objective.prepare(_counted(own, before), _samples(batch, plan, index), keys, tools)

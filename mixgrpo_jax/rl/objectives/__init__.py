@@ -7,5 +7,6 @@ OBJECTIVES = {
     "dpo": "mixgrpo_jax.rl.objectives.preference:DPO",
     "dgpo": "mixgrpo_jax.rl.objectives.preference:DGPO",
     "crd": "mixgrpo_jax.rl.objectives.preference:CRD",
+    "creflow": "mixgrpo_jax.rl.objectives.creflow:CreFlow",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
 }

@@ -43,6 +43,11 @@ class NFT(Forward):
             if not getattr(self, field) > 0:
                 raise ValueError(f"objective.{field}={getattr(self, field)} must be positive; the paper has 1 and 5")
 
+    def over_positions(self, values: Array, x0_hat: Array, samples: Samples) -> tuple[Array, Metrics]:
+        """A sample's loss [b], of its positions' [b, S, C], and metrics; x0_hat is what v says of the clean sample."""
+        del x0_hat, samples
+        return mean_over_positions(values), {}
+
     def __call__(self, roles: Roles, samples: Samples, key: Array, tools: Tools) -> tuple[Array, Metrics]:
         """Loss [b] and metrics [b]."""
         x0, t = samples.x0, samples.sigma
@@ -55,11 +60,12 @@ class NFT(Forward):
             w = jnp.maximum(mean_over_positions(jnp.abs(jax.lax.stop_gradient(error))), 1e-5)
             return jnp.square(error) / by_sample(w, x)
 
-        loss = mean_over_positions(good * distance(self.beta) + (1 - good) * distance(-self.beta))
+        values = good * distance(self.beta) + (1 - good) * distance(-self.beta)
+        loss, found = self.over_positions(values, x - by_sample(t, x) * v, samples)
         loss = self.adv_max / self.beta * loss
         penalty, named = tools.terms(roles, Point(x, t, v, samples.cond))
         metrics = {
             "loss/policy": loss,
             "velocity/moved": mean_over_positions(jnp.square(v - v_old)),
         }
-        return loss + penalty, metrics | self.checked(samples) | named
+        return loss + penalty, metrics | found | self.checked(samples) | named
