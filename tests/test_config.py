@@ -53,6 +53,7 @@ def test_recipes_differ_from_their_task_in_the_method_only():
             recipe = configs.load(name, HERE, on).to_dict()
             changed = {key for key in task if recipe[key] != task[key]}
             method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
+            method |= {"optimizer"} if recipe["optimizer"] == task["optimizer"] | {"mix": "min_norm"} else set()
             keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
             rewards = {"rewards", "watched", "reward_options"} if changed & {"watched", "rewards"} else set()
             assert changed <= method | rewards | ({"averages"} if keeps else set()), (name, on)
@@ -141,6 +142,7 @@ def put(config, field, value):
         ("optimizer.b1", 1.0, "optimizer.b1=1.0: it must be at least 0 and below 1"),
         ("optimizer.b2", -0.1, "optimizer.b2=-0.1: it must be at least 0 and below 1"),
         ("optimizer.eps", 0.0, "optimizer.eps=0.0: it must be positive"),
+        ("optimizer.mix", "sum", "optimizer.mix='sum' is unknown; choose from min_norm, none"),
         ("optimizer.warmup", -1, "optimizer.warmup=-1: it must be at least 0"),
         ("optimizer.weight_decay", -1.0, "optimizer.weight_decay=-1.0: it must be at least 0"),
         ("evaluation.shift", -1.0, "evaluation.shift=-1.0: it must be at least 0"),

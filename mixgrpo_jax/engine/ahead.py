@@ -83,6 +83,8 @@ def _lesson(settings: Settings, sampled: Rollout, cond: Any, plan: Plan) -> tupl
     extra = {"reward_grad": gradient} if "reward_grad" in needs else {}
     if "map" in needs:
         extra["map"] = np.zeros((1, *sampled.x0.shape[:2]), np.float32)
+    if settings.optimizer.mix != "none":
+        extra["by_reward"] = np.zeros((1, count, settings.gradients), np.float32)
     given = Batch(
         x0=sampled.x0 if "x0" in needs else None,
         rows=sampled.rows if needs & {"rows", "ode_row"} else (),

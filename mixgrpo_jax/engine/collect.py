@@ -116,19 +116,21 @@ class Collector:
             advantage=settings.advantage.over_places(advantage, scores, settings.rewards, seen),
             weight=everything,
             cond=drawn.cond,
-            extra=self._extra(drawn, scores),
+            extra=self._extra(drawn, scores, parts),
         )
         plan = meshes.everywhere(drawn.plan, self.mesh)
         return Lesson(advantage, (batch, plan, None if isinstance(settings.select, All) else index))
 
-    def _extra(self, drawn: Drawn, scores: Mapping[str, Score]) -> dict[str, Any]:
-        """What else of the samples the objective asks for, [1, B, ...]."""
+    def _extra(self, drawn: Drawn, scores: Mapping[str, Score], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What else of the samples the objective and the optimiser ask for, [1, B, ...]."""
         settings, extra = self.settings, {}
         if "reward_grad" in settings.objective.needs:
             extra["reward_grad"] = self._reward_grad(drawn)[None]
         if "map" in settings.objective.needs:
             found = map_of(scores, shares(settings.rewards), settings.advantage)
             extra["map"] = np.nan_to_num(found, nan=0.0).astype(np.float32)[None]
+        if settings.optimizer.mix != "none":
+            extra["by_reward"] = np.nan_to_num(np.stack(list(parts.values()), axis=-1))[None]
         return extra
 
     def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
