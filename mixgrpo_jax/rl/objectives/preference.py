@@ -27,7 +27,7 @@ class Preference(Forward):
         return noised(samples, key, tools, shared=True)
 
     def by_place(self, errors: dict[str, Array], advantage: Array, mates: Array, tools: Tools) -> tuple[Array, Metrics]:
-        """Loss [b] at a place, from v - (eps - x0) [b, S, C] of every role.
+        """Loss [b] at a place, from v - (eps - x0) [b, S, C] of every role but the drawing one.
 
         advantage is [b], and mates [b, b], 1 where two samples with a weight are of one group.
         """
@@ -37,7 +37,7 @@ class Preference(Forward):
         """Loss [b] and metrics [b]."""
         x, eps = self.pairs(samples, key, tools)
         asked = x, tools.sampler.timestep(samples.sigma), samples.cond
-        v = {role: roles[role](*asked) for role in ("train", *sorted(self.roles))}
+        v = {role: roles[role](*asked) for role in ("train", *sorted(self.roles - {self.draws}))}
         there = samples.weight > 0
         mates = ((samples.group[:, None] == samples.group) & there[:, None] & there).astype(jnp.float32)
 
@@ -165,7 +165,7 @@ class CRD(Preference):
     beta: float = 1.0
     adv_max: float = 5.0
 
-    roles: ClassVar[frozenset[str]] = frozenset({"old"})
+    roles: ClassVar[frozenset[str]] = frozenset({"old", "sampling"})
     draws: ClassVar[str] = "sampling"
 
     def __post_init__(self):
