@@ -80,13 +80,18 @@ def _lesson(settings: Settings, sampled: Rollout, cond: Any, plan: Plan) -> tupl
     """What an update is given, as `collect.Collector.learn` has it."""
     count, needs, batch = settings.samples, settings.objective.needs, settings.batch
     gradient: Any = jax.ShapeDtypeStruct((1, *sampled.x0.shape), np.float32)
+    extra = {"reward_grad": gradient} if "reward_grad" in needs else {}
+    if "map" in needs:
+        extra["map"] = np.zeros((1, *sampled.x0.shape[:2]), np.float32)
+    if settings.optimizer.mix != "none":
+        extra["by_reward"] = np.zeros((1, count, settings.gradients), np.float32)
     given = Batch(
         x0=sampled.x0 if "x0" in needs else None,
         rows=sampled.rows if needs & {"rows", "ode_row"} else (),
         advantage=np.zeros((1, count, 1), np.float32),
         weight=np.ones(count, np.float32),
         cond=cond,
-        extra={"reward_grad": gradient} if "reward_grad" in needs else {},
+        extra=extra,
     )
     index, _ = settings.select(np.zeros((batch.prompts, batch.group)))
     return given, plan, None if isinstance(settings.select, All) else index

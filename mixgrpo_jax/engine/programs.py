@@ -22,6 +22,7 @@ from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, attachment, trainable_shapes
 from mixgrpo_jax.rl import select
+from mixgrpo_jax.rl.marble import mix
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import MakeRoles, TrainState, init_state, make_update
@@ -256,7 +257,8 @@ def fit(settings: Settings, parts: Parts, mesh: Any) -> Settings:
     remat, at_most = "block", settings.batch.micro_batch
     if memory := _memory(settings, parts, mesh):
         gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), memory.trained)
-        left = memory.left - 2 * memory.held(gradients) - _bytes(_blocks(gradients))
+        apart = settings.gradients if settings.gradients > 1 else 0  # each reward's is kept until they are mixed
+        left = memory.left - (2 + apart) * memory.held(gradients) - _bytes(_blocks(gradients))
         activations = 5 * _positions(settings, parts, mesh) * memory.position
         for remat in ("dots", "attention", "block"):
             kept = _kept(settings, parts, memory, remat) / mesh.shape["context"]
@@ -340,7 +342,8 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
 
 
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
-    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
+    updates = settings.config.iterations * settings.batch.updates
+    return make_optimiser(settings.optimizer, updates, settings.gradients)
 
 
 def _fresh(settings: Settings) -> Callable[[Any], TrainState]:
@@ -367,8 +370,9 @@ def _make_update(settings: Settings, policy: Policy, attach: Any, ways: int) -> 
     return update_policy
 
 
-def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransformation:
+def make_optimiser(options: Optimizer, num_updates: int, rewards: int = 1) -> optax.GradientTransformation:
     """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
+    With `mix`, gradients have a leading axis of so many rewards.
 
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
     """
@@ -385,4 +389,5 @@ def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransf
         )
     else:
         step = optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
+    mixed = [mix(rewards, options.mix_decay)] if options.mix != "none" else []
+    return optax.chain(*mixed, optax.clip_by_global_norm(options.max_grad_norm), step)

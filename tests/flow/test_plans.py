@@ -236,6 +236,15 @@ def test_an_ode_is_trained_at_the_schedules_noise_levels():
     assert np.concatenate([steps.order[:, 0] for steps in plan.segments]).tolist() == [1, *[2] * 8, 1]
 
 
+def test_stratified_noise_levels_are_one_of_each_part_and_another_for_every_prompt():
+    planner = ODE(num_steps=10, train_fraction=0.3, train_choice="stratified", train_range=0.6)
+    steps = np.stack([planner.plan(state, 8).step for state in states(planner, 20)])
+    assert steps.shape == (20, 3, 8)
+    assert all(set(np.unique(steps[:, part])) == {2 * part, 2 * part + 1} for part in range(3))
+    assert (steps.std((0, 1)) > 0).all() and (steps.std(2) > 0).any(1).all()
+    np.testing.assert_array_equal(steps[3], planner.plan(states(planner, 20)[3], 8).step)
+
+
 def test_a_saved_window_past_the_bound_is_clamped():
     plan = Window(num_steps=10).plan(WindowState(start=20, dwell=0, iteration=500), 1)
     assert plan.segments[PREFIX].taken == 5 and plan.segments[WINDOW].address[0] == 5
@@ -344,6 +353,8 @@ def test_bad_fields_are_named(field, value):
         (ODE, "solver_order", 4),
         (ODE, "train_fraction", 0.0),
         (ODE, "train_choice", "last"),
+        (ODE, "train_range", 0.0),
+        (ODE, "train_range", 0.5),
     ],
 )
 def test_bad_fields_of_other_planners_are_named(planner, field, value):
