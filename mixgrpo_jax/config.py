@@ -137,6 +137,7 @@ def _make(kind: type, path: str, section: Any, **others: Any) -> Any:
             fields[name] = _make(LoraConfig, f"{path}.{name}", value)
         else:
             _check_type(f"{path}.{name}", value, annotations[name])
+            fields[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fields, **others)
 
 

@@ -2,5 +2,6 @@
 
 OBJECTIVES = {
     "grpo": "mixgrpo_jax.rl.objectives.grpo:GRPO",
+    "gcpo": "mixgrpo_jax.rl.objectives.gcpo:GCPO",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
 }
