@@ -3,5 +3,7 @@
 OBJECTIVES = {
     "grpo": "mixgrpo_jax.rl.objectives.grpo:GRPO",
     "gcpo": "mixgrpo_jax.rl.objectives.gcpo:GCPO",
+    "tmpo": "mixgrpo_jax.rl.objectives.tmpo:TMPO",
+    "uni_tmpo": "mixgrpo_jax.rl.objectives.tmpo:UniTMPO",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
 }
