@@ -35,7 +35,7 @@ from mixgrpo_jax.rl import terms
 from mixgrpo_jax.rl.credit import Credit
 from mixgrpo_jax.rl.objectives import OBJECTIVES
 from mixgrpo_jax.rl.samples import Objective
-from mixgrpo_jax.rl.select import SELECTIONS, Selection
+from mixgrpo_jax.rl.select import SELECTIONS, Replay, Selection
 from mixgrpo_jax.rl.update import Average
 from mixgrpo_jax.tasks import TASKS
 
@@ -705,6 +705,11 @@ def _check_sizes(settings: Settings) -> None:
         raise ConfigError(
             f"batch.shared_noise=True with plan.name={settings.config.plan.name!r}: the plan has no stochastic step, "
             "and a group that starts from one noise would be one picture; set batch.shared_noise=False"
+        )
+    if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
+        raise ConfigError(
+            f"select.name='replay', objective.name={settings.config.objective.name!r}: the objective does not correct "
+            'for who drew replayed samples; set config.objective = choose("objective", "op_grpo")'
         )
     if settings.objective.span == "group":
         _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)

@@ -20,7 +20,10 @@ from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
 from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.rl.select import All
+from mixgrpo_jax.rl import replay
+from mixgrpo_jax.rl.credit import shares
+from mixgrpo_jax.rl.replay import Kept
+from mixgrpo_jax.rl.select import All, Replay
 from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
@@ -42,6 +45,7 @@ class Lesson(NamedTuple):
 
     advantage: np.ndarray
     given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
+    kept: Kept | None = None  # groups that later iterations may train on again
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +99,13 @@ class Collector:
         score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
         return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
 
-    def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
-        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score."""
+    def learn(
+        self, drawn: Drawn, scores: Mapping[str, Score], kept: Kept | Callable[[Any], Any] | None = None
+    ) -> Lesson:
+        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score.
+
+        `kept` are the groups of earlier iterations, where the selection replays them, or what restores them.
+        """
         settings, sampled = self.settings, drawn.sampled
         values = {name: score.value for name, score in scores.items()}
         advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
@@ -114,7 +123,30 @@ class Collector:
             extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},
         )
         plan = meshes.everywhere(drawn.plan, self.mesh)
+        if isinstance(settings.select, Replay):
+            return Lesson(advantage, *self._replayed(settings.select, batch, plan, values, kept))
         return Lesson(advantage, (batch, plan, None if isinstance(settings.select, All) else index))
+
+    def _replayed(
+        self, select: Replay, batch: Batch, plan: Plan, values: Mapping[str, np.ndarray], kept: Any
+    ) -> tuple[tuple[Batch, Plan, np.ndarray], Kept]:
+        """Fresh groups and kept ones with the positions of those that are trained on, and what is kept now."""
+        prompts, group = self.settings.batch.prompts, self.settings.batch.group
+        if not isinstance(kept, Kept):  # none yet: what stands there has no value
+            first = replay.positions(np.arange(select.capacity) % prompts, group)
+            none = meshes.everywhere(np.full(select.capacity, -np.inf, np.float32), self.mesh)
+            groups, of_groups = self.programs.keep(batch, plan, first)
+            fresh = Kept(groups, of_groups, none)
+            kept = kept(fresh) if kept else fresh
+        weights = shares(self.settings.rewards)
+        reward = np.sum([weights[name] * values[name] for name in weights], axis=0).reshape(prompts, -1)
+        value, before = replay.value_of(reward), np.asarray(kept.value)
+        chosen, left = select.exchange(value, before)
+        batch, plan = self.programs.join(batch, plan, kept.batch, kept.plan)
+        values_left = np.where(np.isin(left, chosen[chosen >= prompts]), -np.inf, np.concatenate([value, before])[left])
+        given = batch, plan, replay.positions(chosen, group)
+        groups, of_groups = self.programs.keep(batch, plan, replay.positions(left, group))
+        return given, Kept(groups, of_groups, meshes.everywhere(values_left.astype(np.float32), self.mesh))
 
     def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
         """An iteration's evaluations of the model in samples, and the programs compiled so far."""

@@ -3,6 +3,7 @@
 OBJECTIVES = {
     "grpo": "mixgrpo_jax.rl.objectives.grpo:GRPO",
     "gcpo": "mixgrpo_jax.rl.objectives.gcpo:GCPO",
+    "op_grpo": "mixgrpo_jax.rl.objectives.op_grpo:OPGRPO",
     "tmpo": "mixgrpo_jax.rl.objectives.tmpo:TMPO",
     "uni_tmpo": "mixgrpo_jax.rl.objectives.tmpo:UniTMPO",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
