@@ -426,7 +426,7 @@ def reverse(folder, iterations, recipe):
     """A recipe on steps with the sizes of `fast`, at T=3."""
     config, small = configs.load(recipe, CONFIGS), fast(folder, iterations)
     small.batch.shared_noise = config.batch.shared_noise
-    for name in small.keys() - {"plan", "sampler", "advantage", "select", "objective", "terms", "ratio_tolerance"}:
+    for name in set(small) - {"plan", "sampler", "advantage", "select", "objective", "terms", "ratio_tolerance"}:
         config[name] = small[name]
     config.plan.num_steps = 3
     if config.plan.bound:
