@@ -35,7 +35,7 @@ from mixgrpo_jax.rl import terms
 from mixgrpo_jax.rl.credit import Credit
 from mixgrpo_jax.rl.objectives import OBJECTIVES
 from mixgrpo_jax.rl.samples import Objective
-from mixgrpo_jax.rl.select import SELECTIONS, Selection
+from mixgrpo_jax.rl.select import SELECTIONS, Replay, Selection
 from mixgrpo_jax.rl.update import Average
 from mixgrpo_jax.tasks import TASKS
 
@@ -137,6 +137,7 @@ def _make(kind: type, path: str, section: Any, **others: Any) -> Any:
             fields[name] = _make(LoraConfig, f"{path}.{name}", value)
         else:
             _check_type(f"{path}.{name}", value, annotations[name])
+            fields[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fields, **others)
 
 
@@ -736,6 +737,11 @@ def _check_sizes(settings: Settings) -> None:
         raise ConfigError(
             f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
             "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
+        )
+    if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
+        raise ConfigError(
+            f"select.name='replay', objective.name={settings.config.objective.name!r}: the objective does not correct "
+            'for who drew replayed samples; set config.objective = choose("objective", "op_grpo")'
         )
     if settings.objective.span == "group":
         _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)

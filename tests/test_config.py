@@ -54,6 +54,7 @@ def test_recipes_differ_from_their_task_in_the_method_only():
             changed = {key for key in task if recipe[key] != task[key]}
             method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
             method |= {"optimizer"} if recipe["optimizer"] == task["optimizer"] | {"mix": "min_norm"} else set()
+            method |= {"ratio_tolerance"} if name in ("grpo_guard", "gcpo") else set()
             keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
             rewards = {"rewards", "watched", "reward_options"} if changed & {"watched", "rewards"} else set()
             assert changed <= method | rewards | ({"averages"} if keeps else set()), (name, on)
@@ -74,6 +75,18 @@ def test_recipes_of_clean_samples_and_of_credit_resolve_on_a_released_model(name
     settings = configs.resolve(configs.load(name, HERE, "flux_dev"))
     clip = getattr(settings.objective, "clip_high", getattr(settings.objective, "clip", None))
     assert (clip, settings.planner.num_trained) == PUBLISHED[name]
+
+
+CLIPS = dict(grpo_guard=2e-6, flow_dppo=1e-5, tempflow=1e-4, pcpo=1e-4, rsm=1e-4, dancegrpo_extremes=1e-4)
+CLIPS |= dict(flash_grpo=1e-4, gcpo=5e-5, op_grpo=1e-4, tmpo=0.2, uni_tmpo=None)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_recipes_resolve_on_a_released_model_with_published_clips(name):
+    objective = configs.resolve(configs.load(name, HERE, "flux_dev")).objective
+    clip = getattr(objective, "clip_high", getattr(objective, "clip", None))
+    assert clip == (CLIPS[name] and pytest.approx(CLIPS[name]))
+    assert getattr(objective, "old_log_prob", "update") == "update"
 
 
 def test_published_settings():
@@ -252,6 +265,14 @@ def test_a_plan_that_records_other_steps_than_the_objective_needs_is_refused(rec
     config.averages.old, config.batch.shared_noise = configs.average("old"), False
     config[section] = configs.choose(section, name)
     with pytest.raises(configs.ConfigError, match=rf"objective.name='\w+', plan.name='\w+': .*{message}"):
+        configs.resolve(config)
+
+
+def test_replayed_samples_need_an_objective_that_corrects_for_them():
+    config = configs.load("op_grpo", HERE)
+    assert configs.resolve(config).objective.old_log_prob == "update"
+    config.objective = configs.choose("objective", "grpo")
+    with pytest.raises(configs.ConfigError, match=r"select.name='replay', objective.name='grpo'.*op_grpo"):
         configs.resolve(config)
 
 

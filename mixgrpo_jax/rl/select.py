@@ -18,6 +18,7 @@ SELECTIONS = {
     "all": "mixgrpo_jax.rl.select:All",
     "extremes": "mixgrpo_jax.rl.select:Extremes",
     "band": "mixgrpo_jax.rl.select:Band",
+    "replay": "mixgrpo_jax.rl.select:Replay",
 }
 
 
@@ -129,6 +130,44 @@ class Band(All):
         rank = (mean[:, None] > mean).mean(1) + (mean[:, None] == mean).mean(1) / 2  # of the middle of its ties
         kept = (self.hardest <= rank) & (rank <= self.easiest) & (extent >= self.least_range)
         return index, weight * kept[:, None].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Replay(All):
+    """Every sample, but that groups of earlier iterations take the places of fresh ones that are worth less.
+
+    A group's value is how far its best reward is above its mean (OP-GRPO's "high-quality trajectories", an
+    approximation). What was replayed once is not kept on.
+
+    Attributes:
+      capacity: groups that are kept, those of the largest values.
+      groups: of an iteration, at most, that are replaced.
+
+    Raises:
+      ValueError: when a field is out of range.
+    """
+
+    capacity: int = 16
+    groups: int = 2
+
+    def __post_init__(self):
+        for field in ("capacity", "groups"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"select.{field}={getattr(self, field)} must be at least 1; select 'all' replays none")
+
+    def exchange(self, value: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of fresh groups [P] and of kept ones [K] -> which of the P + K are trained on [P], and are kept [K].
+
+        >>> Replay(capacity=2, groups=1).exchange(np.array([0.1, 0.5, 0.2]), np.array([-np.inf, 0.4]))
+        (array([4, 1, 2]), array([1, 2]))
+        """
+        chosen, best = np.arange(len(value)), np.argsort(-kept, kind="stable")
+        for place, group in zip(np.argsort(value, kind="stable")[: self.groups], best):
+            if kept[group] > value[place]:
+                chosen[place] = len(value) + group
+        left = np.concatenate([value, kept])
+        left[chosen[chosen >= len(value)]] = -np.inf
+        return chosen, np.argsort(-left, kind="stable")[: self.capacity]
 
 
 def take(batch: Batch, plan: Plan, index: Array, group: int) -> tuple[Batch, Plan]:
