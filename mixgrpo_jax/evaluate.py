@@ -15,10 +15,9 @@ from absl import flags, logging
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
-from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
+from mixgrpo_jax.engine.loading import load_policy, load_rewards, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.runtime import app, distributed, report
-from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import scored
 
 
@@ -29,7 +28,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path, *, base: bool = False) ->
     """
     settings = configs.resolve(config)
     text = config.data.name != "features"
-    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    mesh = mesh_of(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, text=text)
     trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     held_out = HeldOut(settings, policy, load_rewards(settings), trainable.attach)

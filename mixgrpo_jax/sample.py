@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import make_draw
-from mixgrpo_jax.engine.loading import load_policy, restore_trained
+from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.flow.rollout import initial_noise
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.runtime import app, distributed, report
-from mixgrpo_jax.runtime import mesh as meshes
 
 
 def sample(
@@ -45,7 +44,7 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    mesh = mesh_of(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh)
     trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)

@@ -29,7 +29,7 @@ from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
-from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
+from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, mesh_of, restore_run
 from mixgrpo_jax.engine.programs import fit, idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
@@ -54,7 +54,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     if "://" in str(workdir):
         raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
     settings = configs.resolve(config)
-    mesh, workdir = meshes.make_mesh(config.mesh, samples=settings.update_samples), pathlib.Path(workdir)
+    mesh, workdir = mesh_of(settings), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     notice = Notice()
     # The mesh is set for the attention kernels that are placed by hand.
