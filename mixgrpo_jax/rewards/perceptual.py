@@ -1,6 +1,7 @@
 """What a picture's encoder tells beside a score: where in it something is, and how unlike the others of a group it is.
 
-The encoder is CLIP's image tower, from any weights of a CLIP reward, or "pixels": the picture itself, in cells.
+The encoder is CLIP's image tower, from any weights of a CLIP reward, or "pixels": the picture itself, in cells. The
+file is long because both rewards read it.
 """
 
 import functools

@@ -37,7 +37,7 @@ def mix(count: int, decay: float) -> optax.GradientTransformation:
 
     def init(params: Any) -> Mixed:
         del params
-        return Mixed(jnp.full(count, 1 / count))
+        return Mixed(jnp.full(count, 1 / count, jnp.float32))  # or it would be of a weak type, and compile twice
 
     def update(gradients: Any, state: Mixed, params: Any = None) -> tuple[Any, Mixed]:
         del params

@@ -1,4 +1,7 @@
-"""GRPO's objective where a bound of the clean sample's likelihood stands for that of its path: AWM and V-GRPO."""
+"""GRPO's objective where a bound of the clean sample's likelihood stands for that of its path: AWM and V-GRPO.
+
+The file is long because both are one loss, and its settings have to be said.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

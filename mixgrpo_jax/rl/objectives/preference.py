@@ -2,7 +2,7 @@
 
 The loss of a sample at a noise level is e = |v(x_t) - (eps - x0)|^2, averaged over the latent's elements; what a
 reference has less of it is the sample's implicit reward. Each call sees whole groups at all their places, whose losses
-are averaged: a pair is of one place.
+are averaged: a pair is of one place. The file is long because the three share all but `by_place`, and stand together.
 """
 
 from dataclasses import dataclass
