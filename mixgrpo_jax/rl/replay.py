@@ -36,7 +36,10 @@ def value_of(reward: np.ndarray) -> np.ndarray:
 
 
 def join(batch: Batch, plan: Plan, kept: Batch, kept_plan: Plan) -> tuple[Batch, Plan]:
-    """P fresh groups and then K kept ones; `extra["replayed"]` [1, B] is 1 of the latter's samples."""
+    """P fresh groups and then K kept ones; `extra["replayed"]` [1, B] is 1 of the latter's samples.
+
+    Their plan has no segments: an update reads none, and a checkpoint cannot hold one without steps.
+    """
 
     def of_samples(batch: Batch, replayed: float) -> Batch:
         count = len(batch.weight)
@@ -47,15 +50,15 @@ def join(batch: Batch, plan: Plan, kept: Batch, kept_plan: Plan) -> tuple[Batch,
         return lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], axis)
 
     fields = zip(AXES, of_samples(batch, 0.0), of_samples(kept, 1.0))
-    return Batch(*(jax.tree.map(beside(axis), a, b) for axis, a, b in fields)), jax.tree.map(
-        beside(-1), plan, kept_plan
-    )
+    joined = Batch(*(jax.tree.map(beside(axis), a, b) for axis, a, b in fields))
+    return joined, jax.tree.map(beside(-1), plan._replace(segments=()), kept_plan)
 
 
 def keep(batch: Batch, plan: Plan, index: Array, group: int) -> tuple[Batch, Plan]:
     """The samples at the positions [K, G] of groups of G, to be joined to others later."""
     batch, plan = take(batch, plan, index, group)
-    return batch._replace(extra={name: a for name, a in batch.extra.items() if name != "replayed"}), plan
+    extra = {name: a for name, a in batch.extra.items() if name != "replayed"}
+    return batch._replace(extra=extra), plan._replace(segments=())
 
 
 def positions(groups: np.ndarray, group: int) -> np.ndarray:
