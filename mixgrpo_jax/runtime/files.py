@@ -75,7 +75,7 @@ def replaced(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             yield draft
             _upload(draft, path)
         return
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -1,0 +1,151 @@
+"""Runs, features and exports in a bucket, as in a folder; the bucket is on loopback."""
+
+import json
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mixgrpo_jax.data import features
+from mixgrpo_jax.engine.held_out import Assessment
+from mixgrpo_jax.runtime import files, metrics
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, finished
+from tests import bucket as buckets
+from tests.data import test_features
+
+pytestmark = buckets.needs_clients
+URL = "gs://bucket"
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with buckets.served() as (bucket, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield bucket
+
+
+def test_paths_and_files(bucket, tmp_path):
+    folder = files.place(f"{URL}/files")
+    assert str(folder / "a" / "x.json") == f"{URL}/files/a/x.json" == str(files.place(str(folder / "a/x.json")))
+    assert files.in_bucket(folder) and not files.in_bucket(files.place(tmp_path))
+    assert not folder.exists()
+    for place in (folder, files.place(tmp_path)):
+        with files.replaced(place / "x.json") as draft:
+            draft.write_text("whole")
+        with pytest.raises(KeyboardInterrupt), files.replaced(place / "x.json") as draft:
+            draft.write_text("a part")
+            raise KeyboardInterrupt
+        for line in ("one", "two"):
+            files.append(place / "log", line)
+        assert (place / "x.json").read_text() == "whole" and files.size(place / "x.json") == 5
+        assert (place / "log").read_text() == "one\ntwo\n"
+        assert sorted(path.name for path in place.iterdir()) == ["log", "x.json"]
+    files.upload(tmp_path, folder / "copy", last="log")
+    assert bucket.requests[-1] == ("POST", "files/copy/log") or bucket.objects["files/copy/log"][0] == b"one\ntwo\n"
+    assert bucket.objects["files/copy/x.json"][1] < bucket.objects["files/copy/log"][1]
+
+
+def test_urls_of_other_kinds_and_clients_that_lack_are_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"'ftp://a/b' is no URL that is known here: give a folder, or .*gs://"):
+        files.place("ftp://a/b")
+    monkeypatch.setitem(files.CLIENTS, "gs", ("no_such_client",))
+    with pytest.raises(ImportError, match=r"'gs://a/b' needs the extra gcs .*no_such_client.*mixgrpo_jax\[gcs\]"):
+        files.place("gs://a/b")
+
+
+def test_a_lock_in_a_bucket_is_a_lease(bucket, monkeypatch, capfd):
+    monkeypatch.setattr(files, "LEASE", 1.2)
+    workdir, name = f"{URL}/locked", "locked/.lock"
+    with files.locked(workdir) as check:
+        holder = f"process {os.getpid()} on "
+        with pytest.raises(BlockingIOError, match=rf"'{workdir}' is in use by {holder}.*whose lease now lasts to"):
+            files.locked(workdir).__enter__()
+        assert f"waiting for the end of {holder}" in capfd.readouterr().err
+        check()
+    assert name not in bucket.objects  # at the end it is given back
+
+    dead = {"holder": "process 1 on a host that is gone", "until": time.time() + 0.5, "id": "dead"}
+    bucket.write(name, json.dumps(dead).encode(), {})
+    with files.locked(workdir) as check:
+        assert time.time() > dead["until"] and b"is gone" not in bucket.objects[name][0]
+        time.sleep(1.5)
+        check()  # it has been renewed
+        bucket.write(name, json.dumps(dead | {"holder": "another run"}).encode(), {})
+        time.sleep(0.6)
+        with pytest.raises(RuntimeError, match="the lock was lost to another run, and nothing more is written"):
+            check()
+    assert b"another run" in bucket.objects[name][0]
+
+    with files.locked(f"{URL}/away") as check:
+        monkeypatch.setattr(bucket, "refuses", buckets.re.compile("away"))
+        time.sleep(1.5)
+        with pytest.raises(RuntimeError, match="as it could not be renewed"):
+            check()
+
+
+def test_metrics_are_whole_before_a_commit_and_after_a_while(bucket, monkeypatch):
+    checks, path = [], "metrics/metrics.jsonl"
+    writer = metrics.MetricWriter(f"{URL}/metrics", check=lambda: checks.append(0))
+
+    def written():
+        return [line["iteration"] for line in metrics.read(writer.path)]
+
+    for iteration in range(3):
+        writer.write(iteration, {"a": 0.5})
+    before = bucket.objects[path][1]
+    assert written() == []
+    writer.flush()
+    assert written() == [0, 1, 2] and bucket.objects[path][1] != before
+    writer.flush()  # nothing waits
+    assert len(checks) == 2
+    monkeypatch.setattr(metrics, "UPLOADS", 0.0)
+    writer.write(3, {"a": np.nan})
+    assert written() == [0, 1, 2, 3]
+    again = metrics.MetricWriter(f"{URL}/metrics", resume_at=1)
+    assert written() == [0, 1]
+    again.write(2, {})
+    again.close()
+    assert written() == [0, 1, 2]
+
+
+def test_pictures_and_scores(bucket):
+    path = files.place(f"{URL}/scores/before.npz")
+    Assessment(np.ones((1, 2, 2, 3), np.uint8), {"ocr": np.array([0.5, np.nan])}).save(path)
+    np.testing.assert_array_equal(Assessment.load(path).scores["ocr"], [0.5, np.nan])
+    assert Assessment.load(path.parent / "none.npz") is None
+
+
+def test_checkpoints_and_one_that_is_damaged(bucket, capfd):
+    workdir, tree = f"{URL}/saved", {"a": jax.numpy.arange(6.0)}
+    assert Checkpoints(workdir).latest is None
+    checkpoints, order = Checkpoints(workdir, 1, keep=2), []
+    checkpoints.before.append(lambda: order.append(checkpoints.latest))
+    for iteration in (1, 2, 3):
+        checkpoints.save(finished(iteration, jax.tree.map(lambda leaf: leaf * iteration, tree), {"at": iteration}))
+    checkpoints.close()
+    assert order == [None, 1, 2]
+    host = next(name for name in bucket.objects if name.startswith("saved/checkpoints/3/host/metadata"))
+    bucket.write(host, bucket.objects[host][0].replace(b'"at"', b'"to"'), {})
+    again = Checkpoints(workdir, 1, keep=2)
+    with pytest.raises(Damaged, match="checkpoints/3 is damaged: its host state") as damaged:
+        again.restore_host()
+    again.set_aside(str(damaged.value))
+    assert "set aside as 3.damaged, and the run goes on from iteration 2" in capfd.readouterr().err
+    assert again.restore_host() == {"at": 2}
+    np.testing.assert_array_equal(again.restore(tree)["a"], 2 * tree["a"])
+    folders = {name.split("/")[2] for name in bucket.objects if name.startswith("saved/checkpoints/")}
+    assert folders == {"2", "3.damaged"}
+    again.close()
+
+
+def test_features_are_written_and_read(bucket):
+    folder = files.place(f"{URL}/features")
+    split = test_features.write(folder)
+    assert split.missing() == [] and features.splits(folder) == [split]
+    dataset = features.load("train", f"{URL}/features")
+    assert len(dataset) == 10
+    for i, expected in enumerate(test_features.elements()):
+        test_features.assert_same(dataset[i], expected)
