@@ -4,7 +4,9 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
-checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/.
+checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/. The workdir may
+be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled programs, unless
+JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
 """
 
 import contextlib
@@ -339,6 +341,7 @@ def throughput(
 @distributed.joined()
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    compiler.keep_beside(_WORKDIR.value)
     train(_CONFIG.value, _WORKDIR.value)
 
 

@@ -2,18 +2,26 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from mixgrpo_jax import evaluate, train
 from mixgrpo_jax.data import features
+from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.held_out import Assessment
 from mixgrpo_jax.runtime import files, metrics
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, finished
 from tests import bucket as buckets
 from tests.data import test_features
+from tests.python import ROOT
+from tests.test_interrupted import rare, tree_of
+from tests.test_train import fast, lines
 
 pytestmark = buckets.needs_clients
 URL = "gs://bucket"
@@ -124,7 +132,7 @@ def test_checkpoints_and_one_that_is_damaged(bucket, capfd):
     checkpoints, order = Checkpoints(workdir, 1, keep=2), []
     checkpoints.before.append(lambda: order.append(checkpoints.latest))
     for iteration in (1, 2, 3):
-        checkpoints.save(finished(iteration, jax.tree.map(lambda leaf: leaf * iteration, tree), {"at": iteration}))
+        checkpoints.save(finished(iteration, {"a": iteration * tree["a"]}, {"at": iteration}))
     checkpoints.close()
     assert order == [None, 1, 2]
     host = next(name for name in bucket.objects if name.startswith("saved/checkpoints/3/host/metadata"))
@@ -149,3 +157,60 @@ def test_features_are_written_and_read(bucket):
     assert len(dataset) == 10
     for i, expected in enumerate(test_features.elements()):
         test_features.assert_same(dataset[i], expected)
+
+
+def test_a_run_goes_on_and_is_evaluated(bucket, small_policy, capfd):
+    workdir = f"{URL}/run"
+    train.train(fast(small_policy, 1), workdir)
+    config = fast(small_policy, 2)
+    config.evaluation.batch = 1
+    train.train(config, workdir)
+    assert f"Resumed at iteration 1, from {workdir}/checkpoints/1" in capfd.readouterr().out
+    assert [line["iteration"] for line in lines(workdir)] == [0, 1, 2]
+    assert [json.loads(line)["iteration"] for line in bucket.objects["run/history.jsonl"][0].splitlines()] == [1]
+    pictures = {name.removeprefix("run/") for name in bucket.objects if name.endswith(".png")}
+    assert pictures == {"before_after.png", "rewards.png"} and "run/.lock" not in bucket.objects
+    scores = evaluate.evaluate(workdirs.recorded(workdir), workdir)
+    assert scores["slow"] == pytest.approx(lines(workdir)[-1]["held_out/slow/mean"], abs=1e-5)
+    assert bucket.objects["run/held_out.png"][0].startswith(b"\x89PNG")
+
+
+RUN = """
+import sys
+import jax
+jax.config.update("jax_threefry_partitionable", True)
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+from mixgrpo_jax import train
+from mixgrpo_jax.runtime import files
+from tests.test_interrupted import rare
+files.LEASE = 3.0
+config = rare(sys.argv[2])
+config.checkpoint.every = 2
+train.train(config, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(bucket, small_policy, tmp_path):
+    """Once as a save is under way, once behind it; what was uploaded then is whole."""
+    workdir = f"{URL}/killed"
+    command = [sys.executable, "-c", RUN, workdir, str(small_policy), os.environ["MIXGRPO_JAX_TEST_CACHE"]]
+
+    def run(until=None):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while until and process.poll() is None and until not in bucket.objects:
+            time.sleep(0.01)
+        if until:
+            process.send_signal(signal.SIGKILL)
+        said = process.communicate()[0]
+        assert process.returncode == (-signal.SIGKILL if until else 0), said[-4000:]
+        return said
+
+    run("killed/checkpoints/2/host/metadata")
+    assert "killed/.lock" in bucket.objects
+    assert "waiting for the end of process " in run("killed/checkpoints/2/commit_success.txt")
+    said = run()
+    assert "Resumed at iteration 2" in said and "WARNING" not in said
+    train.train(rare(small_policy), tmp_path)
+    assert lines(workdir) == lines(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, tree_of(workdir), tree_of(tmp_path))
