@@ -73,6 +73,8 @@ def keep_beside(workdir: str | os.PathLike) -> None:
     beside = workdir if str(workdir.parent).endswith("://") else workdir.parent
     jax.config.update("jax_compilation_cache_dir", str(beside / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
+    if in_bucket(workdir):  # XLA's own files beside them know no buckets
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _write_whole() -> None:
