@@ -9,14 +9,17 @@ The source is a pipeline's folder (of which transformer/ is read), a transformer
 `--to=orbax` writes it, an original single file as FLUX.1's, or a run's workdir. The target is a new folder, which
 appears when it is complete: for `diffusers`, one that its from_pretrained opens; for `orbax`, config.json and a
 checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, the adapters that a run
-has trained, as load_lora_weights opens them. Parameters are read and written one by one.
+has trained, as load_lora_weights opens them. Parameters are read and written one by one. Both may be in a bucket
+(gs://bucket/trained), but for a run's base: models are copied to this machine first, targets from it.
 """
 
 import contextlib
 import functools
+import os
 import pathlib
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -36,6 +39,7 @@ from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.runtime import app
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, host_sum
+from mixgrpo_jax.runtime.files import Path, fetched, in_bucket, place, upload
 
 TARGETS = ("orbax", "diffusers", "lora")
 DTYPES = ("", "bfloat16", "float32")
@@ -51,8 +55,8 @@ class Run(NamedTuple):
 
 
 def convert(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
     to: str,
     *,
     dtype: str = "",
@@ -79,21 +83,26 @@ def convert(
     for flag, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES)):
         if value not in choices:
             raise ValueError(f"--{flag}={value!r} is unknown: choose one of {choices}")
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    target = place(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={str(target)!r} is there already: give a new folder, or remove it")
-    if to == "lora":
-        num_bytes = _write_adapters(_adapted_run(source, which, dtype), target)
-    else:
-        num_bytes = _write_transformer(_open(source, which, dtype or None, merge), target, to, shard_size)
+    with contextlib.nullcontext(place(source)) if _is_run(source) else fetched(source) as opened:
+        if to == "lora":
+            num_bytes = _write_adapters(_adapted_run(opened, which, dtype), target)
+        else:
+            num_bytes = _write_transformer(_open(opened, which, dtype or None, merge), target, to, shard_size)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = num_bytes / seconds
     print(f"{target}: {_size(num_bytes)} in {seconds:.1f} s ({_size(rate)}/s), peak memory {_size(peak)}")
 
 
-def _open(path: pathlib.Path, which: str, dtype: Any, merge: bool) -> Source:
-    if (path / "checkpoints").is_dir():
+def _is_run(source: str | os.PathLike) -> bool:
+    return (place(source) / "checkpoints").is_dir()
+
+
+def _open(path: Path, which: str, dtype: Any, merge: bool) -> Source:
+    if _is_run(path):
         return _trained(open_run(path, which), dtype, merge)
     if merge:
         raise ValueError(f"--merge: {path} is no run's workdir, and has no adapters to merge")
@@ -103,12 +112,12 @@ def _open(path: pathlib.Path, which: str, dtype: Any, merge: bool) -> Source:
     return families.of(transformer).transformer.open_source(transformer, dtype)
 
 
-def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
+def open_run(workdir: str | os.PathLike, which: str = "") -> Run:
     """The newest checkpoint of a run, with the base that its config.json names.
 
     Raises ValueError where they differ, or where the checkpoint lacks what is asked for.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = place(workdir)
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
     settings = weights.read_json(file)
@@ -156,7 +165,7 @@ def _checked(leaf: Lazy, name: str, checkpoints: Checkpoints) -> Lazy:
     return Lazy(leaf.shape, leaf.dtype, read)
 
 
-def _average(settings: dict[str, Any], state: pathlib.Path, version: int, which: str) -> str:
+def _average(settings: dict[str, Any], state: Path, version: int, which: str) -> str:
     """The name of the average that is asked for, "" for the parameters themselves."""
     if version > 1:
         kept, evaluated = sorted(orbax_io.stored(state).get("averages", ())), settings["evaluation"]["average"]
@@ -203,8 +212,8 @@ def _cast(leaf: Lazy, dtype: Any) -> Lazy:
     return Lazy(leaf.shape, dtype, lambda index: leaf[index].astype(dtype, copy=False))
 
 
-def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:
-    if not (path / "checkpoints").is_dir():
+def _adapted_run(path: Path, which: str, dtype: str) -> Run:
+    if not _is_run(path):
         raise ValueError(f"--to=lora: {path} is no run's workdir; use --to=diffusers or --to=orbax for a model")
     if dtype:
         raise ValueError(f"--dtype={dtype}: adapters are written in fp32; leave it out")
@@ -214,7 +223,7 @@ def _adapted_run(path: pathlib.Path, which: str, dtype: str) -> Run:
     return run
 
 
-def _write_adapters(run: Run, target: pathlib.Path) -> int:
+def _write_adapters(run: Run, target: Path) -> int:
     num_bytes = _num_bytes(run.trained)
     with _whole_folder(target, num_bytes) as folder:
         table = run.base.transformer.table(run.base.config)
@@ -222,7 +231,7 @@ def _write_adapters(run: Run, target: pathlib.Path) -> int:
     return num_bytes
 
 
-def _write_transformer(source: Source, target: pathlib.Path, to: str, shard_size: int) -> int:
+def _write_transformer(source: Source, target: Path, to: str, shard_size: int) -> int:
     num_bytes = _num_bytes(source.params)
     with (
         _whole_folder(target, num_bytes) as folder,
@@ -242,19 +251,28 @@ def _num_bytes(params: Params) -> int:
 
 
 @contextlib.contextmanager
-def _whole_folder(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """A folder beside the target that takes its place when all is written, and goes when something fails."""
-    disk = next(parent for parent in target.absolute().parents if parent.exists())
+def _whole_folder(target: Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder beside the target that takes its place when all is written, and goes when something fails.
+
+    What is for a bucket is written on this machine first.
+    """
+    here = pathlib.Path(tempfile.gettempdir(), target.name) if in_bucket(target) else pathlib.Path(target).absolute()
+    disk = next(parent for parent in here.parents if parent.exists())
     if (free := shutil.disk_usage(disk).free) < num_bytes:
         raise ValueError(
             f"{disk} has {_size(free)} left, and {target} takes {_size(num_bytes)}: make room, or go elsewhere"
         )
-    partial = target.absolute().with_name(f"{target.absolute().name}.partial")
+    if in_bucket(target):
+        with tempfile.TemporaryDirectory() as written:
+            yield pathlib.Path(written)
+            upload(pathlib.Path(written), target, last="config.json")
+        return
+    partial = here.with_name(f"{here.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(target)
+        partial.rename(here)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

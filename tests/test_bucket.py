@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax import evaluate, train
+from mixgrpo_jax.convert import convert
 from mixgrpo_jax.data import features
 from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.held_out import Assessment
+from mixgrpo_jax.models import flux
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.runtime import files, metrics
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, finished
 from tests import bucket as buckets
+from tests import test_convert
 from tests.data import test_features
 from tests.python import ROOT
 from tests.test_interrupted import rare, tree_of
@@ -214,3 +218,18 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(bucket, small_policy, tmp
     train.train(rare(small_policy), tmp_path)
     assert lines(workdir) == lines(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tree_of(workdir), tree_of(tmp_path))
+
+
+def test_runs_and_models_are_converted_from_it_and_to_it(bucket, tmp_path):
+    base = test_convert.save_transformer(tmp_path / "base" / "transformer")
+    trained = test_convert.random_params(1)
+    run = test_convert.save_run(tmp_path / "run", base, LoraConfig(), trained, {})
+    files.upload(run, files.place(f"{URL}/runs/full"))
+    convert(f"{URL}/runs/full", f"{URL}/exports/full", "diffusers")
+    names = {name.removeprefix("exports/full/") for name in bucket.objects if name.startswith("exports/full/")}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    convert(f"{URL}/exports/full", tmp_path / "back", "orbax")
+    _, params = flux.TRANSFORMER.load_folder(tmp_path / "back")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, trained)
+    with pytest.raises(ValueError, match=r"--target='gs://bucket/exports/full' is there already"):
+        convert(f"{URL}/runs/full", f"{URL}/exports/full", "diffusers")

@@ -7,7 +7,6 @@ import logging
 import math
 import operator
 import os
-import pathlib
 import sys
 import time
 import zlib
@@ -24,7 +23,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mixgrpo_jax.runtime.files import Path, place
+from mixgrpo_jax.runtime.files import Path, absolute
 
 AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")  # in a store's words
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError, NotADirectoryError)
@@ -156,8 +155,7 @@ class Checkpoints:
         )
         self._every, self._best, self._seconds, self._saved_at = every, best, 60 * minutes, time.monotonic()
         self.before: list[Callable[[], None]] = []
-        workdir = place(workdir)
-        self.directory: Path = (workdir.absolute() if isinstance(workdir, pathlib.Path) else workdir) / "checkpoints"
+        self.directory: Path = absolute(workdir) / "checkpoints"
         if not every and not self.directory.is_dir():
             self._manager: Any = None
         else:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from mixgrpo_jax.runtime.files import in_bucket, place, replaced
+from mixgrpo_jax.runtime.files import absolute, in_bucket, place, replaced
 
 Options = dict[str, str | bool]
 
@@ -67,9 +67,7 @@ def keep_beside(workdir: str | os.PathLike) -> None:
     _write_whole()
     if getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    workdir = place(workdir)
-    if not in_bucket(workdir):
-        workdir = workdir.absolute()
+    workdir = absolute(workdir)
     beside = workdir if str(workdir.parent).endswith("://") else workdir.parent
     jax.config.update("jax_compilation_cache_dir", str(beside / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)

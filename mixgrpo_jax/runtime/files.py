@@ -54,6 +54,12 @@ def place(where: str | os.PathLike) -> Path:
     return epath.Path(f"{url[1]}://{text[url.end() :]}")
 
 
+def absolute(where: str | os.PathLike) -> Path:
+    """As `place`, from the root."""
+    path = place(where)
+    return path.absolute() if isinstance(path, pathlib.Path) else path
+
+
 def in_bucket(path: Path) -> bool:
     """Whether a path that `place` gave is in a bucket."""
     return not isinstance(path, pathlib.Path)
@@ -110,6 +116,24 @@ def upload(folder: pathlib.Path, target: str | os.PathLike, last: str = "") -> N
     for file in sorted(folder.rglob("*"), key=lambda file: (file == folder / last, file)):
         if file.is_file():
             _upload(file, place(target) / file.relative_to(folder).as_posix())
+
+
+@contextlib.contextmanager
+def fetched(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder on this machine: that one, or a copy of a bucket's, which stays for the block."""
+    folder = place(folder)
+    if isinstance(folder, pathlib.Path):
+        yield folder
+        return
+    import fsspec
+
+    system, name = fsspec.url_to_fs(os.fspath(folder), finalize_on_close=True)
+    with tempfile.TemporaryDirectory() as copy:
+        for found in system.find(name):
+            file = pathlib.Path(copy, found.removeprefix(name).lstrip("/"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            system.get_file(found, str(file))
+        yield pathlib.Path(copy)
 
 
 @contextlib.contextmanager
