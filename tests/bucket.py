@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
 import threading
 import time
 import urllib.parse
@@ -238,12 +239,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # of a client that was killed
-            self.wfile.write(body)
-            self.wfile.flush()
+        self.wfile.write(body)
+        self.wfile.flush()
 
     def log_message(self, *args: Any) -> None:
         pass
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # of a client that was killed
+            super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
@@ -251,8 +259,7 @@ def served() -> Iterator[tuple[Bucket, dict[str, str]]]:
     """gs://bucket, and the environment in which clients find it."""
     bucket = Bucket()
     handler = type("Handler", (_Handler,), {"bucket": bucket})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     try:
