@@ -259,6 +259,7 @@ class Optimizer:
     b1, b2, eps: AdamW's.
     weight_decay: decoupled, and follows the rate.
     max_grad_norm: of all gradients together.
+    max_grad_ratio: of their norm to the median of the last 50 updates'; beyond it the run stops. 0 is no bound.
     """
 
     name: str = "adamw"
@@ -271,6 +272,7 @@ class Optimizer:
     eps: float = _number(1e-8, above=0)
     weight_decay: float = _number(1e-4, at_least=0)
     max_grad_norm: float = _number(1.0, above=0)
+    max_grad_ratio: float = _number(100.0, at_least=0)
 
     def __post_init__(self):
         _choice("optimizer.name", self.name, ("adamw", "adafactor"))

@@ -33,7 +33,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.engine.programs import decode_chunks, fit, idle, prefix_rows, rollout_fsdp
+from mixgrpo_jax.engine.programs import decode_chunks, drawing, fit, idle, prefix_rows, rollout_fsdp
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
@@ -65,7 +65,7 @@ def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float
     FLOPs are those expected, and those of them that are useful: what is recomputed is not.
     """
     planner, layout, seen = settings.planner, settings.planner.layout, []
-    rows, state = prefix_rows(layout, settings.batch, mesh), planner.initial()
+    rows, state = prefix_rows(layout, settings.batch, drawing(settings, mesh)), planner.initial()
     for _ in range(settings.config.iterations):
         plan = planner.plan(state, settings.batch.prompts)
         seen.append((plans.evaluations(layout, plan, rows, settings.samples), *plans.executed(layout, plan)))
@@ -169,8 +169,8 @@ def _scheduled(plan: schedule.Schedule, chip: chips.Chip, flops: dict[str, float
 
 def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
     """What of a config sits badly on a mesh, and what is not among the phases."""
-    found, batch, ways = idle(settings, mesh), settings.batch, meshes.batch_ways(mesh)
-    rows = prefix_rows(settings.planner.layout, batch, mesh)
+    found, batch, drawn = idle(settings, mesh), settings.batch, drawing(settings, mesh)
+    rows, ways = prefix_rows(settings.planner.layout, batch, drawn), meshes.batch_ways(drawn)
     computed = rows if rows % ways == 0 else rows * ways
     if batch.shared_noise and computed > batch.prompts:
         found.append(

@@ -9,6 +9,7 @@ be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_
 JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -93,6 +94,7 @@ def _train(
         writer.write(0, metrics.means("held_out", before.scores))
 
     last: Finished | None = None  # what can be saved, if it is not yet
+    norms: collections.deque[float] = collections.deque(maxlen=50)  # of the last gradients
     timer = metrics.PhaseTimer()
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
@@ -127,6 +129,7 @@ def _train(
                     learned = jax.device_get(learned)
 
                 check_finite(learned, done)
+                check_norms(norms, learned["grad_norm"], settings.config.optimizer.max_grad_ratio, done)
                 check_on_policy(settings, learned, drawn.plan, on_policy)
                 line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
                 if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
@@ -287,6 +290,20 @@ def check_finite(learned: Mapping[str, np.ndarray], iteration: int) -> None:
                     "optimizer.learning_rate or optimizer.max_grad_norm, and start the run again: it goes on where it "
                     "was saved last"
                 )
+
+
+def check_norms(norms: collections.deque[float], found: np.ndarray, limit: float, iteration: int) -> None:
+    """Stop where an update's gradient is far above those before; nothing of the iteration is saved. Adds it to them."""
+    for update, norm in enumerate(found.tolist()):
+        usual = float(np.median(norms)) if len(norms) >= 10 else 0.0  # fewer say little
+        if limit and usual and norm > limit * usual:
+            raise RuntimeError(
+                f"iteration {iteration}, update {update + 1}: grad_norm={norm:.3g} is {norm / usual:.0f} times the "
+                f"median of the last {len(norms)}, {usual:.3g}, over optimizer.max_grad_ratio={limit:g}. Nothing of "
+                "this iteration is saved. Look at its rewards, lower optimizer.learning_rate or raise the bound, and "
+                "start the run again"
+            )
+        norms.append(norm)
 
 
 def check_on_policy(settings: Settings, learned: Mapping[str, np.ndarray], plan: Plan, on_policy: bool) -> None:

@@ -190,7 +190,7 @@ def test_a_save_that_fails_stops_the_run_at_the_next_iteration_in_one_line(small
             failing.append(0)
         return brightness(images, prompts, metadata)
 
-    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.check_for_errors", check)
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", check)
     monkeypatch.setattr(test_train, "during", [score])
     config = fast(small_policy, 4)
     config.checkpoint.every = 25
@@ -200,6 +200,32 @@ def test_a_save_that_fails_stops_the_run_at_the_next_iteration_in_one_line(small
     with pytest.raises(OSError, match=message):
         train.train(config, tmp_path)
     assert lines(tmp_path)[-1]["iteration"] < 3
+
+
+def test_a_file_system_that_is_full_is_told_before_the_next_save_is_due(tmp_path):
+    program = """
+    import resource, signal, sys, time
+    import numpy as np
+    from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
+
+    tree = {str(i): np.random.default_rng(i).normal(size=2**16).astype(np.float32) for i in range(20)}
+    checkpoints = Checkpoints(sys.argv[1], 1000)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    checkpoints.save(finished(1, tree, {}))
+    sys.stderr.close()
+    sys.stderr = sys.stdout
+    for iteration in range(2, 600):
+        time.sleep(0.1)
+        try:
+            checkpoints.save(finished(iteration, tree, {}))
+        except OSError as error:
+            print(error)
+            break
+    """
+    said = run_program(program, tmp_path).splitlines()
+    assert len(said) == 1 and "the checkpoint of iteration 1 could not be written to" in said[0], said[:9]
+    assert "which keeps none: " in said[0] and "File too large" in said[0]
 
 
 def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(tmp_path):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.engine.programs import fit, idle, make_optimiser, rollout_fsdp
+from mixgrpo_jax.engine.programs import drawing, fit, idle, make_optimiser, rollout_fsdp
 from mixgrpo_jax.models import families, flux
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.flux.policy import FAMILY
@@ -47,6 +47,14 @@ def test_rollouts_cut_parameters_no_further_than_memory_asks(monkeypatch):
     found = [chosen(memory) for memory in np.geomspace(1e6, 1e9, 40)]
     assert found == sorted(found, reverse=True) and set(found) == {8, 4, 2, 1}
     assert chosen(1e9, rollout_fsdp=4) == 4 and chosen(1e6) == 4
+
+
+def test_rollouts_do_not_cut_tokens_where_their_samples_divide_over_all_devices():
+    config, mesh = configs.base(), mesh_of(fsdp=4, context=2)
+    config.batch.prompts, config.batch.group, config.batch.updates = 4, 6, 2  # 24 samples, 12 an update
+    assert dict(drawing(configs.resolve(config), mesh).shape) == dict(data=1, fsdp=8, context=1, tensor=1)
+    config.batch.prompts = 2  # 12, which 8 does not divide
+    assert drawing(configs.resolve(config), mesh) is mesh
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The whole loop on the shipped policy, at a size of seconds."""
 
+import collections
 import itertools
 import json
 import pathlib
@@ -202,6 +203,16 @@ def test_what_is_not_finite_is_named():
     with pytest.raises(RuntimeError, match="iteration 7, update 2: grad_norm is not finite, with grad_norm=inf"):
         train.check_finite(learned, 7)
     train.check_finite(learned | {"grad_norm": np.ones(2)}, 7)
+
+
+def test_a_gradient_far_above_those_before_stops_the_run():
+    norms = collections.deque([0.0, 1e9], maxlen=50)
+    train.check_norms(norms, np.array([2.0, 1.0, 150.0] * 5), 100.0, 1)  # too few to tell, and then within the bound
+    message = r"iteration 3, update 2: grad_norm=201 is 100 times the median of the last 18, 2, over optimizer.max_grad"
+    with pytest.raises(RuntimeError, match=message):
+        train.check_norms(norms, np.array([1.5, 201.0]), 100.0, 3)
+    train.check_norms(norms, np.array([1e9]), 0.0, 3)
+    train.check_norms(collections.deque(np.zeros(20)), np.ones(1), 100.0, 3)  # groups without spread have no gradient
 
 
 def test_a_score_that_is_missing_is_no_lesson_and_no_number(small_policy, recorded, tmp_path):

@@ -124,22 +124,32 @@ def _decode(policy: Policy, num_chunks: int, ways: int, frozen: Any, x0: Array, 
 def rollout_places(settings: Settings, mesh: Any) -> Any:
     """Shardings of a rollout: samples, and the nodes of recorded steps, over the batch axes."""
     layout, whole = settings.planner.layout, cast(Any, meshes.replicated(mesh))
-    sizes = plans.nodes(layout, prefix_rows(layout, settings.batch, mesh), settings.samples)
+    sizes = plans.nodes(layout, prefix_rows(layout, settings.batch, drawing(settings, mesh)), settings.samples)
     by_node: list[Any] = [meshes.batch_sharding(mesh, n, axis=1) for s, n in zip(layout, sizes) if s.record]
     rows = tuple(Rows(*[place] * len(Rows._fields)) for place in by_node)
     by_sample: Any = meshes.batch_sharding(mesh, settings.samples)
     return Rollout(by_sample, rows, whole, whole)
 
 
+def drawing(settings: Settings, mesh: Any) -> Any:
+    """The mesh as a rollout sees it: without the axis context, where an iteration's samples divide over all devices.
+
+    Tokens are cut for the sake of an update, which has fewer samples than a rollout.
+    """
+    whole = meshes.without_context(mesh)
+    return whole if settings.samples % meshes.batch_ways(whole) == 0 else mesh
+
+
 def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> Any:
     """`draw_samples(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
     policy = parts.family.make(parts, settings.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch, layout = settings.batch, settings.planner.layout
-    rows = prefix_rows(layout, batch, mesh)
     dtype, cut = jnp.dtype(settings.model.dtype), rollout_fsdp(settings, parts, mesh)
+    mesh = drawing(settings, mesh)
+    rows = prefix_rows(layout, batch, mesh)
     light = None if cut == mesh.shape["fsdp"] else meshes.with_fsdp(mesh, cut)
 
-    def draw_samples(trained, frozen, plan, cond, key) -> Rollout:
+    def draw(trained, frozen, plan, cond, key) -> Rollout:
         noise_key, step_key = jax.random.split(key)
         ids = jnp.arange(rows) // (rows // batch.prompts if batch.shared_noise else 1)
         with jax.named_scope("lighten"):
@@ -155,6 +165,10 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
             layout=layout,
             sampler=settings.sampler,
         )
+
+    def draw_samples(*given) -> Rollout:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return draw(*jax.tree.map(meshes.seen, given))
 
     return draw_samples
 
@@ -209,16 +223,17 @@ def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
     The copy that a rollout reads lies beside what `_memory` counts, and beside activations, which are counted as three
     of a block's widest for all samples of the device. Where the memory is not known, the parts are fsdp's.
     """
-    fsdp = mesh.shape["fsdp"]
+    drawn = drawing(settings, mesh)
+    fsdp = drawn.shape["fsdp"]
     if settings.mesh.rollout_fsdp is not None or fsdp == 1:
         return settings.mesh.rollout_fsdp or fsdp
     if (memory := _memory(settings, parts, mesh)) is None:
         return fsdp
-    ways = meshes.batch_ways(mesh)
+    ways = meshes.batch_ways(drawn)
     samples = settings.samples // ways if settings.samples % ways == 0 else settings.samples
-    left = memory.left - 3 * samples * _positions(settings, parts, mesh) * memory.position
+    left = memory.left - 3 * samples * _positions(settings, parts, drawn) * memory.position
     divisors = (n for n in range(1, fsdp) if fsdp % n == 0)
-    return next((n for n in divisors if memory.held(memory.copy, meshes.with_fsdp(mesh, n)) <= left), fsdp)
+    return next((n for n in divisors if memory.held(memory.copy, meshes.with_fsdp(drawn, n)) <= left), fsdp)
 
 
 def fit(settings: Settings, parts: Parts, mesh: Any) -> Settings:

@@ -1,4 +1,16 @@
-"""What is good. REWARDS says where each reward's builder is; what a reward needs is loaded when it is named."""
+"""What is good. REWARDS says where each reward's builder is; what a reward needs is loaded when it is named.
+
+rewards = build(["mine"], {"mine": {"kind": "function", "path": "mine.py:reward"}})
+scores = score_all(rewards, images, prompts, metadata)  # {"mine": Score}
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mixgrpo_jax.rewards.scoring import build, score_all
+
+__all__ = ["REWARDS", "build", "score_all"]
 
 REWARDS: dict[str, str] = {
     "ocr": "mixgrpo_jax.rewards.ocr:ocr",
@@ -19,3 +31,9 @@ REWARDS: dict[str, str] = {
     "remote": "mixgrpo_jax.rewards.remote:remote",
     "chat": "mixgrpo_jax.rewards.chat:chat",
 }
+
+
+def __getattr__(name: str):
+    if name in __all__:  # imported when it is first used: the table alone brings nothing along
+        return getattr(importlib.import_module("mixgrpo_jax.rewards.scoring"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

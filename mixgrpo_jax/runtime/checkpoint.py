@@ -185,6 +185,7 @@ class Checkpoints:
         if last.samples is not None:
             items["samples"] = ocp.args.StandardSave(last.samples)
         metrics = {"best": float(last.metrics.get(self._best, -math.inf))} if self._best else None
+        self.wait()
         self._saving, self._saved_at = last.iteration, time.monotonic()
         with self._writing():
             return self._manager.save(last.iteration, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -196,9 +197,9 @@ class Checkpoints:
         return self.latest is None or iteration % self._every == 0 or late
 
     def check(self) -> None:
-        """Raise OSError where the save under way has failed."""
-        with self._writing():
-            self._manager.check_for_errors()
+        """Raise OSError where the last save has failed; one that is under way is not waited for."""
+        if not self._manager.is_saving_in_progress():  # `check_for_errors` is empty once the save's own thread looked
+            self.wait()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -211,7 +212,7 @@ class Checkpoints:
         gc.collect()  # what waits to write tells of itself at the program's end, where it can no longer be silenced
         raise OSError(
             f"the checkpoint of iteration {self._saving} could not be written to {self.directory}, which keeps "
-            f"{_these(self._manager.all_steps(read=True))}: {why}"
+            f"{_these(self._manager.all_steps())}: {why}"
         )
 
     def restore_host(self) -> dict:
@@ -374,15 +375,15 @@ def _quiet() -> None:
     logger = logging.getLogger("absl")
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
-        before = sys.excepthook
-        sys.excepthook = lambda kind, error, trace: _echoes(error) or before(kind, error, trace)
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda raised: _echoes(raised.exc_value) or before(raised)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
-def _echoes(error: BaseException) -> bool:
+def _echoes(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 

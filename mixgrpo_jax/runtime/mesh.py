@@ -80,6 +80,17 @@ def with_fsdp(mesh: Mesh, fsdp: int) -> Mesh:
     return Mesh(mesh.devices.reshape(data, fsdp, old // fsdp, *rest), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
+def without_context(mesh: Mesh) -> Mesh:
+    """The same devices with the axis context as the inner part of fsdp, so that parameters lie where they were."""
+    data, fsdp, context, tensor = mesh.devices.shape
+    return Mesh(mesh.devices.reshape(data, fsdp * context, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def seen(x: jax.Array) -> jax.Array:
+    """An array of another mesh of the same devices as one of the mesh that is set; it lies where it lay."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim))
+
+
 def describe(mesh: Mesh, rollout_fsdp: int) -> str:
     """A mesh in words."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

@@ -7,6 +7,7 @@ import jax, jax.numpy as jnp, numpy as np
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux.policy import FAMILY
 from mixgrpo_jax.models.lora_config import LoraConfig
+from mixgrpo_jax.models.nn import products
 from mixgrpo_jax.models.nn.patches import image_ids
 from mixgrpo_jax.runtime import hlo, mesh as meshes
 
@@ -34,6 +35,7 @@ def distance(a, b):
 alone = [jax.jit(jax.grad(f))(p) for f, p in ((loss, params), (adapted, adapters))]
 for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 4, "context": 2}, {"fsdp": 2, "tensor": 4}):
     mesh = meshes.make_mesh({"data": 1} | sizes)
+    products.TOGETHER = 4  # so that a gather along fsdp and context takes a step for each
     with jax.set_mesh(mesh):
         for f, p, expected in ((loss, params, alone[0]), (adapted, adapters, alone[1])):
             place = meshes.shardings(p, FAMILY.rules, mesh)
@@ -52,6 +54,6 @@ def test_gradients_on_a_mesh_are_those_of_one_device_and_each_kernel_is_reduced_
     over_data, over_context = ([float(n) for n in line.split()] for line in lines)
     # Along fsdp, and along context where tokens are cut: a modulation has none.
     assert (over_data[0], over_context[0]) == (KERNELS, 2 * KERNELS - MODULATIONS)
-    for _, gathers, sums in (over_data, over_context):
-        assert gathers < 3 * KERNELS  # a pass, the pass that is recomputed, and what is no kernel
+    for steps, (_, gathers, sums) in enumerate((over_data, over_context), 1):
+        assert gathers < 3 * steps * KERNELS  # a pass, the pass that is recomputed, and what is no kernel
         assert sums < KERNELS / 2  # of biases and norms, together

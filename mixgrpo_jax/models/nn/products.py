@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mixgrpo_jax.models.nn.placement import BATCH_AXES, CUT, RULES, TOKEN_AXES, dividing
 
 Cut = tuple[tuple[str, ...], ...]  # the mesh's axes that cut each of an array's
+TOGETHER = 32  # devices that a gather takes in one step
 
 
 def joined(parts: tuple[jax.Array, ...], kernel: Any) -> jax.Array:
@@ -99,7 +100,7 @@ def _product(parts: Any, leaf: jax.Array, cut: Cut, dtype: Any, reduce_dtype: An
 
 
 def _product_forward(parts: Any, leaf: jax.Array, cut: Cut, dtype: Any, reduce_dtype: Any, last: bool) -> Any:
-    kernel = jax.lax.with_sharding_constraint(leaf.astype(dtype), _whole(cut))
+    kernel = _gather(leaf.astype(dtype), cut)
     y = tokens_last(parts[0], kernel) if last else joined(parts, kernel)
     return y, (parts, kernel, jnp.zeros(0, leaf.dtype))
 
@@ -119,6 +120,28 @@ def _rows(kernel: Any, parts: Any) -> list[jax.Array]:
     """The rows that meet each part."""
     ends = np.cumsum([x.shape[-1] for x in parts])
     return [kernel[end - x.shape[-1] : end] for x, end in zip(parts, ends)]
+
+
+def _gather(kernel: jax.Array, cut: Cut) -> jax.Array:
+    """The whole kernel [d_in, d_out] on each device.
+
+    Over more devices than `TOGETHER` in steps, see `_steps`: in one, a TPU's compiler would make it an all-reduce.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = [name for axes in cut for name in axes]
+    if math.prod(mesh.shape[name] for name in names) <= TOGETHER or set(names) & set(mesh.manual_axes):
+        return jax.lax.with_sharding_constraint(kernel, _whole(cut))
+
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+
+    def on_device(part: jax.Array) -> jax.Array:
+        for axis, axes in enumerate(cut):
+            for name in reversed(axes):
+                for groups in reversed(_steps(mesh.shape[name])):
+                    part = jax.lax.all_gather(part, name, axis=axis, axis_index_groups=groups, tiled=True)
+        return part
+
+    return jax.shard_map(on_device, in_specs=P(*cut), out_specs=_whole(cut), axis_names=left, check_vma=False)(kernel)
 
 
 def _summed(parts: Any, gradient: jax.Array, cut: Cut, dtype: Any) -> jax.Array:
@@ -158,13 +181,17 @@ def _part(x: jax.Array, name: str, size: int, axis: int) -> jax.Array:
 def _scattered(x: jax.Array, name: str, size: int, axis: int) -> jax.Array:
     """The sum of x over a mesh axis, of which each device keeps its part along an array's axis.
 
-    In two steps, over groups far apart and then over neighbours: in one over many devices a TPU's compiler would have
-    every device receive the whole sum.
+    In steps, see `_steps`: in one, a TPU's compiler would have every device receive the whole sum.
     """
+    for groups in _steps(size):
+        x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return x
+
+
+def _steps(size: int) -> list[list[list[int]] | None]:
+    """The groups of a mesh axis over which a sum is scattered: those far apart, and then neighbours."""
     near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0) if size > 4 else size
     devices = np.arange(size).reshape(-1, near)
-    for groups in (devices.T, devices):
-        if groups.shape[1] > 1:
-            whole = None if groups.shape[1] == size else groups.tolist()
-            x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, axis_index_groups=whole, tiled=True)
-    return x
+    return [
+        None if groups.shape[1] == size else groups.tolist() for groups in (devices.T, devices) if groups.shape[1] > 1
+    ]
