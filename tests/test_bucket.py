@@ -69,7 +69,7 @@ def test_urls_of_other_kinds_and_clients_that_lack_are_named(monkeypatch):
 
 
 def test_a_lock_in_a_bucket_is_a_lease(bucket, monkeypatch, capfd):
-    monkeypatch.setattr(files, "LEASE", 1.2)
+    monkeypatch.setattr(files, "LEASE", 2.0)
     workdir, name = f"{URL}/locked", "locked/.lock"
     with files.locked(workdir) as check:
         holder = f"process {os.getpid()} on "
@@ -83,19 +83,21 @@ def test_a_lock_in_a_bucket_is_a_lease(bucket, monkeypatch, capfd):
     bucket.write(name, json.dumps(dead).encode(), {})
     with files.locked(workdir) as check:
         assert time.time() > dead["until"] and b"is gone" not in bucket.objects[name][0]
-        time.sleep(1.5)
+        time.sleep(2.5)
         check()  # it has been renewed
         bucket.write(name, json.dumps(dead | {"holder": "another run"}).encode(), {})
-        time.sleep(0.6)
+        time.sleep(1.0)
         with pytest.raises(RuntimeError, match="the lock was lost to another run, and nothing more is written"):
             check()
     assert b"another run" in bucket.objects[name][0]
 
     with files.locked(f"{URL}/away") as check:
         monkeypatch.setattr(bucket, "refuses", buckets.re.compile("away"))
-        time.sleep(1.5)
+        time.sleep(2.5)
         with pytest.raises(RuntimeError, match="as it could not be renewed"):
             check()
+    with pytest.raises(OSError, match=r"workdir='gs://bucket/away' cannot be locked: PERMISSION_DENIED"):
+        files.locked(f"{URL}/away").__enter__()
 
 
 def test_metrics_are_whole_before_a_commit_and_after_a_while(bucket, monkeypatch):

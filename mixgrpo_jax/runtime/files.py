@@ -143,7 +143,7 @@ def locked(workdir: str | os.PathLike) -> Iterator[Callable[[], None]]:
     In a folder the lock dies with its process, however that ends; on file systems without locks there is none. In a
     bucket it is a lease, which ends `LEASE` seconds after its process died: this waits for that, unless it is renewed.
 
-    Raises BlockingIOError, which names the holder.
+    Raises BlockingIOError, which names the holder; OSError where the bucket does not let itself be written to.
     """
     path = place(workdir) / LOCK
     if not isinstance(path, pathlib.Path):
@@ -186,7 +186,13 @@ class _Lease:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        self._acquire()
+        try:
+            self._acquire()
+        except BlockingIOError:
+            raise
+        except Exception as error:  # what TensorStore raises has no type of its own
+            why = (str(error) or "no answer").splitlines()[0]
+            raise OSError(f"workdir={str(self._workdir)!r} cannot be locked: {why}") from error
         thread = threading.Thread(target=self._renew, daemon=True)
         thread.start()
         try:
