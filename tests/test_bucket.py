@@ -233,5 +233,9 @@ def test_runs_and_models_are_converted_from_it_and_to_it(bucket, tmp_path):
     convert(f"{URL}/exports/full", tmp_path / "back", "orbax")
     _, params = flux.TRANSFORMER.load_folder(tmp_path / "back")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, trained)
+    with pytest.raises(ValueError, match="there is nothing at gs://bucket/exports/none"):
+        convert(f"{URL}/exports/none", tmp_path / "none", "orbax")
+    with files.fetched(f"{URL}/exports/full/config.json") as file:
+        assert json.loads(file.read_text())["_class_name"] == "FluxTransformer2DModel"
     with pytest.raises(ValueError, match=r"--target='gs://bucket/exports/full' is there already"):
         convert(f"{URL}/runs/full", f"{URL}/exports/full", "diffusers")

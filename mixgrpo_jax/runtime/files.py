@@ -119,21 +119,27 @@ def upload(folder: pathlib.Path, target: str | os.PathLike, last: str = "") -> N
 
 
 @contextlib.contextmanager
-def fetched(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder on this machine: that one, or a copy of a bucket's, which stays for the block."""
-    folder = place(folder)
-    if isinstance(folder, pathlib.Path):
-        yield folder
+def fetched(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder or file on this machine: that one, or a copy of a bucket's, which stays for the block.
+
+    Raises ValueError where a bucket has nothing there.
+    """
+    path = place(path)
+    if isinstance(path, pathlib.Path):
+        yield path
         return
     import fsspec
 
-    system, name = fsspec.url_to_fs(os.fspath(folder), finalize_on_close=True)
-    with tempfile.TemporaryDirectory() as copy:
-        for found in system.find(name):
-            file = pathlib.Path(copy, found.removeprefix(name).lstrip("/"))
+    system, name = fsspec.url_to_fs(os.fspath(path), finalize_on_close=True)
+    if not (objects := system.find(name)):
+        raise ValueError(f"there is nothing at {path}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        for found in objects:
+            file = copy / found.removeprefix(name).lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             system.get_file(found, str(file))
-        yield pathlib.Path(copy)
+        yield copy
 
 
 @contextlib.contextmanager
