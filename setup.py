@@ -36,6 +36,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "transformers>=5",
+        "huggingface_hub",
         "ftfy",  # as open_clip cleans prompts
         "ml_collections>=1.1",
         "tensorflow-datasets>=4.9.10",

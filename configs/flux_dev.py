@@ -1,10 +1,10 @@
 """FLUX.1-dev, fully fine-tuned, at the sizes of MixGRPO's paper; recipes are put on it by the files beside this one.
 
-    python -m mixgrpo_jax.encode --source=CHECKPOINT --prompts=prompts.txt --target=FEATURES
+    python -m mixgrpo_jax.encode --source=black-forest-labs/FLUX.1-dev --prompts=prompts.txt --target=data/flux_dev
 
-CHECKPOINT is FLUX.1-dev's folder in diffusers' layout, FEATURES holds the prompts' cached features: 4 MB a prompt with
-all 512 positions. The rewards' files are those of their releases. Hardware: the paper's run had 32 GPUs of 80 GB, one
-prompt each.
+The model and the rewards' files come from the hub, once you have accepted FLUX.1-dev's licence there and set HF_TOKEN;
+or set model.folder and reward_options to where they are. data/flux_dev holds the prompts' cached features: 4 MB a
+prompt with all 512 positions. Hardware: the paper's run had 32 GPUs of 80 GB, one prompt each.
 """
 
 from mixgrpo_jax import config as configs
@@ -14,7 +14,7 @@ def get_config():
     """The model, its data and its batch."""
     config = configs.base()
     config.iterations = 300
-    config.model.folder = "checkpoints/FLUX.1-dev"
+    config.model.folder = "black-forest-labs/FLUX.1-dev"
     config.model.image_size = (720, 720)
     config.model.text_length = 512
     config.model.dtype = "bfloat16"
@@ -27,11 +27,11 @@ def get_config():
     config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 25, 4, 25
     config.rewards = dict(hps=1.0, image_reward=1.0, pickscore=1.0)
     config.watched = ()
-    clip = dict(tokenizer="checkpoints/clip-vit-large-patch14")
+    clip = dict(tokenizer="openai/clip-vit-large-patch14")
     config.reward_options = dict(
-        hps=dict(clip, weights="checkpoints/HPS_v2.1_compressed.pt"),
-        image_reward=dict(weights="checkpoints/ImageReward.pt", tokenizer="checkpoints/bert-base-uncased"),
-        pickscore=dict(clip, weights="checkpoints/PickScore_v1", normalise="mixgrpo"),
+        hps=dict(clip, weights="xswu/HPSv2/HPS_v2.1_compressed.pt"),
+        image_reward=dict(weights="zai-org/ImageReward/ImageReward.pt", tokenizer="google-bert/bert-base-uncased"),
+        pickscore=dict(clip, weights="yuvalkirstain/PickScore_v1", normalise="mixgrpo"),
     )
     config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, -1  # 96 samples an update do not divide by 64
     config.evaluation.prompts, config.evaluation.batch = 64, 32

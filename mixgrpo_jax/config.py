@@ -153,8 +153,9 @@ def _check_finite(section: Mapping[str, Any], path: str = "") -> None:
 class Model:
     """The policy that is trained.
 
-    folder: in diffusers' layout; "shipped:NAME" is in the package, and so is "", of signs.
-    transformer: another place for the transformer alone: a folder, or the original file.
+    folder: in diffusers' layout, or a model's name on the hub, "owner/model"; "shipped:NAME" is in the package, and so
+      is "", of signs.
+    transformer: another place for the transformer alone: a folder, or the original file; or its name on the hub.
     image_size: rows, columns.
     text_length: T5 tokens of a prompt, padding included.
     guidance: the embedded guidance scale that the transformer is told.

@@ -1,16 +1,19 @@
 """Convert a transformer, or what a run has trained of it.
 
-    python -m mixgrpo_jax.convert --source=FLUX.1-dev --target=flux1-dev-orbax --to=orbax
+    python -m mixgrpo_jax.convert --source=black-forest-labs/FLUX.1-dev --target=flux1-dev-orbax --to=orbax
     python -m mixgrpo_jax.convert --source=flux1-dev.safetensors --target=flux1-dev --to=diffusers
     python -m mixgrpo_jax.convert --source=runs/flux --target=trained --to=diffusers --merge
     python -m mixgrpo_jax.convert --source=runs/flux --target=adapters --to=lora
+    python -m mixgrpo_jax.convert --source=kohya.safetensors --base=FLUX.1-dev --target=adapters --to=lora
 
 The source is a pipeline's folder (of which transformer/ is read), a transformer's folder as diffusers saves it or as
-`--to=orbax` writes it, an original single file as FLUX.1's, or a run's workdir. The target is a new folder, which
+`--to=orbax` writes it, an original single file as FLUX.1's, one of these by its name on the hub, a run's workdir, or,
+with the model that they are for as --base, adapters in a LoRA file. The target is a new folder, which
 appears when it is complete: for `diffusers`, one that its from_pretrained opens; for `orbax`, config.json and a
-checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, the adapters that a run
-has trained, as load_lora_weights opens them. Parameters are read and written one by one. Both may be in a bucket
-(gs://bucket/trained), but for a run's base: models are copied to this machine first, targets from it.
+checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, adapters as
+load_lora_weights opens them. Parameters are read and written one by one. Source and target may be in a bucket
+(gs://bucket/trained): of a run there only what is needed is read, models are copied to this machine first, and targets
+from it.
 """
 
 import contextlib
@@ -31,8 +34,8 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from mixgrpo_jax.engine.loading import average_path, converted, version_of
-from mixgrpo_jax.models import families, lora
-from mixgrpo_jax.models.io import orbax_io, weights
+from mixgrpo_jax.models import families, lora, lora_files
+from mixgrpo_jax.models.io import hub, orbax_io, weights
 from mixgrpo_jax.models.io.safetensors_io import SHARD_SIZE
 from mixgrpo_jax.models.io.transformer import Source
 from mixgrpo_jax.models.io.weights import Lazy, Params
@@ -47,7 +50,7 @@ RAW = "raw"  # the parameters themselves, among their averages
 
 
 class Run(NamedTuple):
-    """What a run has trained, and on what: `trained` are all parameters, or adapters where lora.rank > 0 (`Lazy`)."""
+    """What was trained (arrays or `Lazy`), and on what: all parameters, or where lora.rank > 0 adapters."""
 
     base: Source
     lora: LoraConfig
@@ -62,6 +65,7 @@ def convert(
     dtype: str = "",
     which: str = "",
     merge: bool = False,
+    base: str = "",
     shard_size: int = SHARD_SIZE,
 ) -> None:
     """Converts `source` into the new folder `target`.
@@ -72,7 +76,8 @@ def convert(
         of its base. Adapters are fp32.
       which: of a run, the name of an average of its parameters that it keeps, or "raw" as last updated; by default
         the average that it evaluates, if it does.
-      merge: whether to add a run's adapters to its base.
+      merge: whether to add adapters to their base.
+      base: the model that the adapters of a LoRA file are for.
       shard_size: bytes above which a diffusers folder's tensors are cut into several files.
 
     Raises:
@@ -86,11 +91,11 @@ def convert(
     target = place(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={str(target)!r} is there already: give a new folder, or remove it")
-    with contextlib.nullcontext(place(source)) if _is_run(source) else fetched(source) as opened:
+    with contextlib.nullcontext(source) if _is_run(source) else fetched(source) as opened:
         if to == "lora":
-            num_bytes = _write_adapters(_adapted_run(opened, which, dtype), target)
+            num_bytes = _write_adapters(_adapted(opened, which, dtype, base), target)
         else:
-            num_bytes = _write_transformer(_open(opened, which, dtype or None, merge), target, to, shard_size)
+            num_bytes = _write_transformer(_open(opened, which, dtype or None, merge, base), target, to, shard_size)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = num_bytes / seconds
@@ -101,15 +106,38 @@ def _is_run(source: str | os.PathLike) -> bool:
     return (place(source) / "checkpoints").is_dir()
 
 
-def _open(path: Path, which: str, dtype: Any, merge: bool) -> Source:
-    if _is_run(path):
-        return _trained(open_run(path, which), dtype, merge)
+def _open(source: str | os.PathLike, which: str, dtype: Any, merge: bool, base: str) -> Source:
+    if run := _trained_in(source, which, base):
+        return _whole(run, dtype, merge)
     if merge:
-        raise ValueError(f"--merge: {path} is no run's workdir, and has no adapters to merge")
-    if (path / lora.FILE_NAME).is_file():
-        raise ValueError(f"{path} holds adapters (LoRA), no model: merge them into one with diffusers' fuse_lora first")
-    transformer = path / "transformer" if (path / "transformer").is_dir() else path
+        raise ValueError(
+            f"--merge: {source} is no run's workdir, and has no adapters to merge; a LoRA file needs --base"
+        )
+    for name in (lora_files.FILE_NAME, lora_files.PEFT_FILE):
+        if pathlib.Path(source, name).is_file():
+            raise ValueError(f"{source} holds adapters (LoRA), no model: give the model that they are for as --base")
+    transformer = families.find_transformer(source, "--source")
     return families.of(transformer).transformer.open_source(transformer, dtype)
+
+
+def _trained_in(source: str | os.PathLike, which: str, base: str) -> Run | None:
+    """What a run has trained, or the adapters of a LoRA file; None of a model."""
+    if _is_run(source):
+        if base:
+            raise ValueError(f"--base={base!r}: {source} is a run's workdir, whose config.json names its base")
+        return open_run(source, which)
+    return open_adapters(source, base) if base else None
+
+
+def open_adapters(file: str | os.PathLike, base: str) -> Run:
+    """The adapters of a LoRA file, with the base that they are for. Raises ValueError where they do not fit it."""
+    transformer = families.find_transformer(base, "--base")
+    opened = families.of(transformer).transformer.open_source(transformer)
+    found = hub.local(file, "--source", *hub.WEIGHTS, lora_files.PEFT_CONFIG)
+    rules = opened.transformer.rules(opened.config)
+    adapters = lora_files.load(found, rules, opened.transformer.skeleton(opened.config))
+    rank = jax.tree.leaves(adapters)[0].shape[-1]
+    return Run(opened, LoraConfig(rank=rank, alpha=rank), adapters)
 
 
 def open_run(workdir: str | os.PathLike, which: str = "") -> Run:
@@ -121,13 +149,15 @@ def open_run(workdir: str | os.PathLike, which: str = "") -> Run:
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
     settings = weights.read_json(file)
-    options = settings["model"]
-    folder = families.find(options["folder"])
-    path = pathlib.Path(options.get("transformer") or folder / "transformer")
-    if not path.exists():
-        raise ValueError(f"{file} names the base {path}, which is not there: set model.folder in it to where it is")
-    family = families.of(path)
-    base, config = family.transformer.open_source(path), LoraConfig(**options.get("lora", {})).on(family.targets)
+    try:
+        options = settings["model"]
+        path = families.find_transformer(options.get("transformer") or options["folder"], "model.folder")
+        family = families.of(path)
+        base, config = family.transformer.open_source(path), LoraConfig(**options.get("lora", {})).on(family.targets)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no run's config ({error!r}): put the run's own in its place") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}. Mend it: set model.folder in it to where the base is") from None
 
     checkpoints = Checkpoints(workdir)
     latest = checkpoints.latest
@@ -178,10 +208,10 @@ def _average(settings: dict[str, Any], state: Path, version: int, which: str) ->
     return name
 
 
-def _trained(run: Run, dtype: Any, merge: bool) -> Source:
-    """A run's result as a whole model."""
+def _whole(run: Run, dtype: Any, merge: bool) -> Source:
+    """What was trained as a whole model."""
     if run.lora.rank and not merge:
-        raise ValueError("the run has trained adapters (LoRA): write them with --to=lora, or add --merge for a model")
+        raise ValueError("these are adapters (LoRA): write them with --to=lora, or add --merge for a model")
     if merge and not run.lora.rank:
         raise ValueError("--merge: the run has trained all parameters, and has no adapters to merge")
     params = _merged(run, dtype) if run.lora.rank else jax.tree.map(lambda leaf: _cast(leaf, dtype), run.trained)
@@ -212,14 +242,16 @@ def _cast(leaf: Lazy, dtype: Any) -> Lazy:
     return Lazy(leaf.shape, dtype, lambda index: leaf[index].astype(dtype, copy=False))
 
 
-def _adapted_run(path: Path, which: str, dtype: str) -> Run:
-    if not _is_run(path):
-        raise ValueError(f"--to=lora: {path} is no run's workdir; use --to=diffusers or --to=orbax for a model")
+def _adapted(source: str | os.PathLike, which: str, dtype: str, base: str) -> Run:
+    if not (run := _trained_in(source, which, base)):
+        raise ValueError(
+            f"--to=lora: {source} is no run's workdir; use --to=diffusers or --to=orbax for a model, and give a LoRA "
+            "file's model as --base"
+        )
     if dtype:
         raise ValueError(f"--dtype={dtype}: adapters are written in fp32; leave it out")
-    run = open_run(path, which)
     if not run.lora.rank:
-        raise ValueError(f"--to=lora: {path} has trained all parameters (model.lora.rank=0); use --to=diffusers")
+        raise ValueError(f"--to=lora: {source} has trained all parameters (model.lora.rank=0); use --to=diffusers")
     return run
 
 
@@ -227,7 +259,7 @@ def _write_adapters(run: Run, target: Path) -> int:
     num_bytes = _num_bytes(run.trained)
     with _whole_folder(target, num_bytes) as folder:
         table = run.base.transformer.table(run.base.config)
-        lora.save(folder, table, weights.place(run.trained), run.lora.scale)
+        lora_files.save(folder, table, weights.place(run.trained), run.lora.scale)
     return num_bytes
 
 
@@ -284,14 +316,25 @@ def _size(num_bytes: float) -> str:
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed that an accelerator would speed up
-    convert(_SOURCE.value, _TARGET.value, _TO.value, dtype=_DTYPE.value, which=_WEIGHTS.value, merge=_MERGE.value)
+    convert(
+        _SOURCE.value,
+        _TARGET.value,
+        _TO.value,
+        dtype=_DTYPE.value,
+        which=_WEIGHTS.value,
+        merge=_MERGE.value,
+        base=_BASE.value,
+    )
 
 
 if __name__ == "__main__":
-    _SOURCE = flags.DEFINE_string("source", None, "Model folder, original single file, or workdir.", required=True)
+    _SOURCE = flags.DEFINE_string(
+        "source", None, "Model (a folder, an original file, a name on the hub), workdir, or LoRA file.", required=True
+    )
     _TARGET = flags.DEFINE_string("target", None, "New folder.", required=True)
     _TO = flags.DEFINE_enum("to", None, TARGETS, "What to write.", required=True)
     _DTYPE = flags.DEFINE_enum("dtype", "", DTYPES, "Of the written parameters; by default the source's.")
     _WEIGHTS = flags.DEFINE_string("weights", "", "A run's average by name, or raw; by default, what it evaluates.")
-    _MERGE = flags.DEFINE_bool("merge", False, "Add a run's adapters to its base.")
+    _MERGE = flags.DEFINE_bool("merge", False, "Add adapters to their base.")
+    _BASE = flags.DEFINE_string("base", "", "The model that the adapters of a LoRA file are for.")
     app.run(main)

@@ -1,16 +1,16 @@
 """Compute prompts' features once, to train and evaluate without the text encoders.
 
-    python -m mixgrpo_jax.encode --source=FLUX.1-dev --prompts=prompts.txt --target=data/hpd
+    python -m mixgrpo_jax.encode --source=black-forest-labs/FLUX.1-dev --prompts=prompts.txt --target=data/hpd
     python -m mixgrpo_jax.train --config=configs/flux_dev_mixgrpo.py --config.data.folder=data/hpd --workdir=runs/flux
 
 Prompts are a .txt file (a prompt a line), a .jsonl file (an object a line, whose other fields reach the rewards), a
 folder of splits as GenEval and flow_grpo have them (train.txt, test_metadata.jsonl, ...), or tfds:NAME/split. They may
 be filtered: `--min_words=6 --characters=' -~' --drop_words=words.txt`.
 
-The source is a folder as diffusers lays it out, with the text encoders and tokenizers of a model family: for FLUX.1,
-text_encoder_2/ (T5), tokenizer_2/, text_encoder/ (CLIP) and tokenizer/. The features are those of its own pipeline in
-bfloat16. A prompt of FLUX.1-dev takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for padding, because FLUX attends to
-that too: 50,000 prompts are 210 GB. What saves:
+The source is a folder as diffusers lays it out, or a model's name on the hub, with the text encoders and tokenizers of
+a model family: for FLUX.1, text_encoder_2/ (T5), tokenizer_2/, text_encoder/ (CLIP) and tokenizer/. The features are
+those of its own pipeline in bfloat16. A prompt of FLUX.1-dev takes 512 x 4096 x 2 bytes = 4.2 MB, most of it for
+padding, because FLUX attends to that too: 50,000 prompts are 210 GB. What saves:
 
 - `--max_length=128` takes a quarter. A transformer takes text of any length, and the shorter it is the less it costs;
   but this one then sees less padding than it was trained with, so sample with the same length later.
@@ -68,7 +68,8 @@ def encode(
     """Write a split of prompt features, for `data.features.load` to read.
 
     Args:
-        source: folder with the text encoders; "" is the checkpoint that ships with the package.
+        source: folder with the text encoders, or a model's name on the hub; "" is the checkpoint that ships with the
+            package.
         prompts: a .txt or .jsonl file, a folder of splits, or "tfds:NAME/split"; see `data.prompts.read`.
         target: folder of the data set. It may hold other splits from the same encoders.
         split: name of the split; of a folder of prompts, also the split that is read.
@@ -83,9 +84,11 @@ def encode(
         ValueError: a source, prompts or numbers that cannot be, too little room on the disk, or a target that was begun
             with others; always before anything is written.
     """
-    folder = families.find(source).expanduser()
+    folder = families.find(source, field="source")
     check_batch(batch)
     rows = filters.apply(prompt_sources.read(prompts, field, split))
+    wanted = [f"{part}/*" for part in itertools.chain(*_encoders(folder)[1].items())]
+    folder = families.find(source, *wanted, field="source")
     parts, params = load_encoders(folder)
     length = token_limit(parts, max_length)
     lengths = count_tokens(parts, [row.text for row in rows], length)
@@ -276,7 +279,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _SOURCE = flags.DEFINE_string("source", "", "Folder with the text encoders; '' is the shipped checkpoint.")
+    _SOURCE = flags.DEFINE_string("source", "", "Folder with the text encoders, or a model on the hub; '' ships.")
     _PROMPTS = flags.DEFINE_string("prompts", None, f"{prompt_sources.SOURCES}.", required=True)
     _TARGET = flags.DEFINE_string("target", None, "Folder of the data set.", required=True)
     _SPLIT = flags.DEFINE_string("split", "train", "Name of the split.")

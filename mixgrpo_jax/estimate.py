@@ -4,7 +4,7 @@
     python -m mixgrpo_jax.estimate --config=configs/flux_dev_mixgrpo.py --topology=v5p:4x4x4
 
 Compiles the run's own programs for the slice, with shapes in place of weights; minutes for a large model. Where
-model.folder is not there, the sizes are those of `--architecture`. A config that does not fit is tried on larger slices
+model.folder is not here, the sizes are those of `--architecture`. A config that does not fit is tried on larger slices
 of the kind; `--smallest` looks for the smallest of every kind that does. `--json=FILE` writes the figures down.
 
 Seconds are given twice: at best, which no program can beat, and by the schedule of the compiler, which estimates each
@@ -300,7 +300,7 @@ def _block(title: str, columns: Mapping[str, Mapping[str, float | None]], scale:
 def find_parts(settings: Settings, architecture: str) -> Parts:
     """The parts of a config's model: from its folder's configs, or where there is none a released model's."""
     options = settings.config.model
-    if families.find(options.folder).is_dir():
+    if families.is_here(options.folder):
         return families.read_parts(options.folder, options.transformer)
     print(f"model.folder={options.folder!r} is not here: sizes are those of {architecture}")
     return families.architectures()[architecture]()

@@ -14,7 +14,7 @@ import pytest
 from mixgrpo_jax import convert as converter
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.engine.loading import VERSION
-from mixgrpo_jax.models import flux, lora
+from mixgrpo_jax.models import flux, lora, lora_files
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rl.update import init_state
@@ -122,7 +122,7 @@ class FirstState(NamedTuple):
 def in_neighbours(tree):
     """Trained parameters as versions 1 and 2 of the checkpoints had them."""
     table = flux.TRANSFORMER.table(CONFIG)
-    return weights.reordered([*table, *lora.rules(table)], tree, weights.neighbours)
+    return weights.reordered([*table, *lora_files.rules(table)], tree, weights.neighbours)
 
 
 def save_run(workdir, base, settings, trained, averages, version=VERSION):
@@ -224,9 +224,61 @@ def test_adapters_are_written_as_diffusers_names_them(tmp_path, lora_run, versio
     run = save_run(tmp_path / "run", base, LORA, random_adapters(1), {"ema": random_adapters(2)}, version)
     convert(run, tmp_path / "out", "lora", which="raw")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
-    adapters, scale = lora.load(tmp_path / "out", flux.TRANSFORMER.table(CONFIG), flux.TRANSFORMER.skeleton(CONFIG))
-    assert scale == LORA.scale
+    skeleton = flux.TRANSFORMER.skeleton(CONFIG)
+    adapters = lora_files.load(tmp_path / "out", flux.TRANSFORMER.table(CONFIG), skeleton, LORA.scale)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, random_adapters(1))
+
+
+def kohya_file(path):
+    """Every second linear layer's adapters by kohya's names of the original file, and that file with them added."""
+    rng, base = np.random.default_rng(5), released()
+    names = [n for n, t in sorted(base.items()) if t.ndim == 2][::2]
+    whole, tensors = dict(base), {}
+    for name in names:
+        (d_out, d_in), stem = base[name].shape, "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((2, d_in), (d_out, 2)))
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": np.float32(6)}
+        whole[name] = base[name] + 3 * up @ down
+    weights.write_safetensors(path / "base.safetensors", base)
+    weights.write_safetensors(path / "whole.safetensors", whole)
+    weights.write_safetensors(path / "kohya.safetensors", tensors)
+    return path / "kohya.safetensors", str(path / "base.safetensors"), path / "whole.safetensors"
+
+
+def test_a_lora_file_is_merged_into_its_base_or_written_as_diffusers_names_it(tmp_path):
+    file, base, whole = kohya_file(tmp_path)
+    convert(file, tmp_path / "merged", "diffusers", merge=True, base=base)
+    convert(file, tmp_path / "peft", "lora", base=base)
+    convert(tmp_path / "peft", tmp_path / "again", "orbax", merge=True, base=base)
+    _, expected = flux.TRANSFORMER.load_folder(whole)
+    for name in ("merged", "again"):
+        _, params = flux.TRANSFORMER.load_folder(tmp_path / name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), params, expected)
+    written = tensors_of(tmp_path / "peft")
+    assert {name.rpartition(".lora_")[2] for name in written} == {"A.weight", "B.weight"}
+    assert all(name.startswith("transformer.") for name in written)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(to="diffusers"), "write them with --to=lora, or add --merge"),
+        (dict(to="lora", dtype="float32"), "--dtype=float32: adapters are written in fp32"),
+        (dict(to="lora", base=""), r"give a LoRA file's model as --base"),
+        (dict(to="diffusers", base=""), r"adapters \(LoRA\).* with their --base"),
+        (dict(to="lora", base="nowhere"), "--base='nowhere': there is no such file or folder"),
+    ],
+)
+def test_a_lora_file_needs_its_base(tmp_path, options, message):
+    file, base, _ = kohya_file(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        convert(file, tmp_path / "target", **(dict(base=base) | options))
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_run_needs_no_other_base(tmp_path, lora_run):
+    with pytest.raises(ValueError, match=r"--base='other': .* is a run's workdir, whose config.json names its base"):
+        convert(lora_run, tmp_path / "target", "lora", base="other")
 
 
 ON_A_MESH = """
@@ -273,7 +325,7 @@ def no_config(folder):
 
 
 def adapters_only(folder):
-    lora.save(folder, flux.TRANSFORMER.table(CONFIG), random_adapters(0), 1.0)
+    lora_files.save(folder, flux.TRANSFORMER.table(CONFIG), random_adapters(0), 1.0)
 
 
 def pickled(folder):
@@ -305,11 +357,11 @@ def other_orbax(folder):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: None, "there is no .*source: give a transformer's folder"),
+        (lambda folder: None, "--source='.*source': there is no such file or folder"),
         (sd3, r"source/config.json has _class_name='SD3Transformer2DModel', no known family; .*FluxTransformer2DModel"),
         (t5, r"config.json has _class_name=None, no known family; choose from FluxTransformer2DModel"),
         (no_config, "there is no .*config.json: give a model's folder"),
-        (adapters_only, "holds adapters"),
+        (adapters_only, "holds adapters .* as --base"),
         (pickled, r"model\.bin is pickled"),
         (truncated, r"00002-of-00003\.safetensors has \d+ bytes, and its header says"),
         (shard_missing, r"index\.json names diffusion_pytorch_model-00003-of-00003\.safetensors, which is not there"),
@@ -359,7 +411,7 @@ def test_a_model_is_no_run(tmp_path, to, merge, message):
     [
         (
             lambda run, model: model | {"folder": "elsewhere"},
-            "names the base elsewhere/transformer, which is not there",
+            r"config\.json: model\.folder='elsewhere': there is no such file or folder.* set model\.folder in it",
         ),
         (lambda run, model: model | {"lora": model["lora"] | {"rank": 4}}, r"iteration 2, has .*/a of shape.*expects"),
         (

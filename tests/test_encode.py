@@ -304,7 +304,11 @@ def test_the_arithmetic_and_what_is_cut_are_printed(source, prompts, tmp_path, c
         (dict(batch=0), "batch=0 .* multiple of 1"),
         (
             dict(source="nowhere"),
-            r"source='nowhere' has no model's text encoders \(Flux\w+ needs text_encoder_2/, tokenizer_2/\)",
+            "source='nowhere': there is no such file or folder, and on the hub a model is named owner/model",
+        ),
+        (
+            dict(source=os.curdir),
+            r"source='.*' has no model's text encoders \(Flux\w+ needs text_encoder_2/, tokenizer_2/\)",
         ),
         (dict(max_length=0), "max_length=0"),
         (dict(padding="cut"), "padding='cut'"),

@@ -16,9 +16,12 @@ from PIL import Image
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
+from mixgrpo_jax.convert import convert
 from mixgrpo_jax.engine.collect import Collector
 from mixgrpo_jax.flow.kernels import by_sample
+from mixgrpo_jax.models import families, lora, lora_files
 from mixgrpo_jax.models.io import orbax_io
+from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
@@ -586,3 +589,21 @@ def test_an_objective_that_needs_the_rewards_gradient_gets_it(small_policy, reco
     config.rewards = dict(strict=1.0)
     with pytest.raises(ValueError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
         train.train(config, tmp_path / "without")
+
+
+def test_a_run_starts_from_adapters_and_says_what_its_devices_do_in_vain(small_policy, tmp_path, monkeypatch, capsys):
+    parts = families.read_parts(small_policy)
+    skeleton = parts.family.transformer.skeleton(parts.configs["transformer"])
+    config = fast(small_policy)
+    config.model.lora.rank, config.model.lora.init_from = 4, str(tmp_path / "style")
+    config.optimizer.learning_rate = 1e-12
+    shapes = jax.eval_shape(lambda: lora.init(LoraConfig(4).on(parts.family.targets), skeleton, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    style = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), shapes)
+    lora_files.save(tmp_path / "style", parts.table, style, 0.5)
+    monkeypatch.setattr(train, "idle", lambda *args: ["every device computes all of it"])
+    train.train(config, tmp_path / "run")
+    assert "WARNING: every device computes all of it" in capsys.readouterr().out
+    convert(tmp_path / "run", tmp_path / "out", "lora", which="raw")
+    found = lora_files.load(tmp_path / "out", parts.table, skeleton, 0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, style)

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.workdir import check
-from mixgrpo_jax.models import families, lora
+from mixgrpo_jax.models import families, lora_files
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Rule
@@ -112,12 +112,12 @@ def converted(trained: Any, version: int, table: Sequence[Rule]) -> Any:
 
     `table` is of the transformer's tensors; where adapters are trained, their rules follow from it.
     """
-    return trained if version > 2 else weights.reordered([*table, *lora.rules(table)], trained, weights.halves)
+    return trained if version > 2 else weights.reordered([*table, *lora_files.rules(table)], trained, weights.halves)
 
 
 def _moments(opt_state: Any, params: Any, table: Sequence[Rule], checkpoints: Checkpoints) -> Any:
     """An optimiser's state of version 1 or 2, as it is laid out now."""
-    rotary = {rule.ours: rule.rotary for rule in (*table, *lora.rules(table)) if rule.rotary}
+    rotary = {rule.ours: rule.rotary for rule in (*table, *lora_files.rules(table)) if rule.rotary}
     leaves = traverse_util.flatten_dict(params, sep="/")
     shapes = {path: leaf.shape for path, leaf in leaves.items() if path in rotary}
 

@@ -23,6 +23,7 @@ KEPT = (
     *("model.image_size", "model.text_length", "model.guidance"),
     *("seed", "data", "plan.name", "evaluation.prompts", "optimizer.name", "optimizer.dtype"),
 )
+LATER = ("model.lora.init_from",)  # fields that the first runs did not have
 NAMED = ("rewards", "reward_options", "averages", "terms", "plan", "objective", "select", "model.lora")  # may lack some
 
 
@@ -38,7 +39,8 @@ def check(config: Any, workdir: str | os.PathLike, *, reads: bool = False) -> di
     file = place(workdir) / CONFIG
     if not file.is_file():
         return {}
-    recorded, own = dict(_fields(_read(file))), dict(_fields(json.loads(config.to_json_best_effort())))
+    recorded = {field: "" for field in LATER} | dict(_fields(_read(file)))
+    own = dict(_fields(json.loads(config.to_json_best_effort())))
     changed = {
         name: [recorded.get(name), own.get(name)]
         for name in sorted(recorded.keys() | own.keys())
@@ -111,7 +113,7 @@ def _within(name: str, sections: tuple[str, ...]) -> bool:
 
 
 def _moved(name: str, was: Any, now: Any) -> bool:
-    """Whether a model lies elsewhere now, and no longer where it was."""
-    if name not in ("model.folder", "model.transformer") or not was or not now:
-        return False
-    return not (families.find(was) if name == "model.folder" else pathlib.Path(was)).exists()
+    """Whether a model lies elsewhere now, and no longer where it was; of a file to begin with, the run needs none."""
+    if name == "model.lora.init_from":
+        return bool(was) and not families.is_here(was)
+    return name in ("model.folder", "model.transformer") and bool(was and now) and not families.is_here(was)

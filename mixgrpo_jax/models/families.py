@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from mixgrpo_jax.models.io import weights
+from mixgrpo_jax.models.io import hub, weights
 from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.policy import Policy
 
@@ -29,6 +29,7 @@ FAMILIES = {"FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY"}
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
 SHIPS = "shipped:"
+CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json")  # what says which parts there are
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -121,18 +122,32 @@ class Parts:
         return self.family.transformer.table(self.configs["transformer"])
 
 
-def find(folder: str | os.PathLike) -> pathlib.Path:
+def find(folder: str | os.PathLike, *wanted: str, field: str = "model.folder") -> pathlib.Path:
     """The folder of a checkpoint; "shipped:NAME" is one of those in the package, and "" is its `signs`.
 
-    Raises ValueError for a name that does not ship.
+    Otherwise it is a path, or a name on the hub, of which what is `wanted` is fetched, its parts' configs by default:
+    see `hub.local`. Raises ValueError, which names the field, for what is neither.
     """
     if not str(folder).startswith(SHIPS):
-        return pathlib.Path(folder) if folder else SHIPPED
+        return hub.local(folder, field, *(wanted or CONFIGS)) if str(folder) else SHIPPED
     name = str(folder).removeprefix(SHIPS)
     known = sorted(path.name for path in ASSETS.iterdir())
     if name not in known:
-        raise ValueError(f"model.folder={str(folder)!r} does not ship with the package; choose from {', '.join(known)}")
+        raise ValueError(f"{field}={str(folder)!r} does not ship with the package; choose from {', '.join(known)}")
     return ASSETS / name
+
+
+def is_here(folder: str | os.PathLike) -> bool:
+    """Whether `find` needs no network."""
+    return not str(folder) or str(folder).startswith(SHIPS) or hub.is_here(folder)
+
+
+def find_transformer(name: str | os.PathLike, field: str) -> pathlib.Path:
+    """Where a transformer is: that of a checkpoint's folder, or a folder or an original file of its own; see `find`."""
+    place = find(name, field=field)
+    if (place / "transformer").is_dir():
+        return find(name, "transformer/*", field=field) / "transformer"
+    return find(name, "config.json", *hub.WEIGHTS, field=field)
 
 
 def of(transformer: str | os.PathLike) -> Family:
@@ -149,10 +164,11 @@ def of(transformer: str | os.PathLike) -> Family:
                 return family
         raise ValueError(
             f"{path} is no original release of a known model ({known}). A file of a diffusers model is opened by the "
-            "folder that holds it and config.json; adapters (LoRA) are opened with their base"
+            "folder that holds it and config.json; adapters (LoRA) start a run by model.lora.init_from, and convert "
+            "takes them with their --base"
         )
     name = weights.read_config(path, {}).get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{path / 'config.json'} has _class_name={name!r}, no known family; choose from {known}")
     return pkgutil.resolve_name(FAMILIES[name])
 
@@ -201,7 +217,7 @@ def load(
 
     Raises ValueError where a part is missing, or of no known family.
     """
-    family, source, folder = _open(folder, transformer, text)
+    family, source, folder = _open(folder, transformer, text, hub.WEIGHTS)
     places = None if place is None else lambda tree: place(tree, family.rules)
     configs: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -221,16 +237,26 @@ def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
     return Parts(family, configs, read_tokenizers(family, folder, configs))
 
 
-def _open(folder: str | os.PathLike, transformer: str, text: bool) -> tuple[Family, Path, Path]:
-    """The family of a checkpoint, and where its transformer and its other parts are."""
-    folder = find(folder)
-    source = Path(transformer) if transformer else folder / "transformer"
+def _open(
+    folder: str | os.PathLike, transformer: str, text: bool, stored: Sequence[str] = ()
+) -> tuple[Family, Path, Path]:
+    """The family of a checkpoint, and where its transformer and its other parts are, with weights in files like these.
+
+    Without weights, all parts are there, and text encoders with them.
+    """
+    place = find(folder)
+    wanted = ("config.json", *stored)
+    source = hub.local(transformer, "model.transformer", *wanted) if transformer else place / "transformer"
     lacks = [] if source.exists() else [f"{source.name}/"]
     if not lacks and text:
-        lacks = _lacks(of(source), folder)
+        lacks = _lacks(of(source), place)
     if lacks:
         raise ValueError(f"model.folder={str(folder)!r} has no {lacks[0]}; expected a checkpoint as diffusers saves it")
-    return of(source), source, folder
+    family = of(source)
+    parts = [*(() if transformer else ("transformer",)), *_present(family, place, text or not stored)]
+    files = [f"{part}/{file}" for part in parts for file in wanted]
+    files += [f"{family.encoders[name]}/{file}" for name in parts if name in family.encoders for file in hub.TOKENIZER]
+    return family, source, find(folder, *files)
 
 
 def _present(family: Family, folder: Path, text: bool) -> list[str]:

@@ -6,14 +6,11 @@ An adapted kernel stands where the kernel stood, so that a model's functions tak
 
 import dataclasses
 import itertools
-import json
 import math
-import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,17 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import Array
-from safetensors import safe_open
 
-from mixgrpo_jax.models.io import weights
-from mixgrpo_jax.models.io.weights import Params, Rule
+from mixgrpo_jax.models.io.weights import Params
 from mixgrpo_jax.models.lora_config import BASES, LoraConfig
 from mixgrpo_jax.models.nn import products
-
-FILE_NAME = "pytorch_lora_weights.safetensors"
-PREFIX = "transformer."  # names a pipeline's part in a file that may hold adapters of several
-PEFT_CONFIG = "lora_adapter_metadata"
-FOLDED_SCALE = "folded_scale"
 
 
 def _gaussian(key: Array, shape: tuple[int, ...]) -> Array:
@@ -104,13 +94,13 @@ def init(config: LoraConfig, params: Params, key: Array) -> Params:
     `params` may be shapes. A layer's numbers depend on the key and its path alone. Raises ValueError when no layer
     matches config.targets.
     """
-    kernels = _kernels(params)
-    targets = [layer for layer in kernels if re.fullmatch(config.targets, layer)]
+    layers = kernels(params)
+    targets = [layer for layer in layers if re.fullmatch(config.targets, layer)]
     if not targets:
-        raise ValueError(f"model.lora.targets={config.targets!r} matches no layer; there are {_some(kernels)}")
+        raise ValueError(f"model.lora.targets={config.targets!r} matches no layer; there are {some(layers)}")
 
     def adapter(layer: str) -> dict[str, Array]:
-        a, b = _factors(kernels[layer].shape, config.rank).values()
+        a, b = factors(layers[layer].shape, config.rank).values()
         layer_key = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
         return {"a": INITS[config.init](layer_key, a.shape), "b": jnp.zeros(b.shape)}
 
@@ -162,126 +152,28 @@ def _quantised(kernel: Array) -> Int8Kernel:
     return Int8Kernel(values, scale, np.dtype(kernel.dtype))
 
 
-def to_peft(table: Sequence[Rule], adapters: Params, scale: float) -> dict[str, np.ndarray]:
-    """Tensors of a diffusers LoRA file: `transformer.{layer}.lora_A.weight` (r, in) and `.lora_B.weight` (out, r).
-
-    `table` is the model's weights table. The scale is folded into lora_B: a file that says nothing of alpha means
-    alpha = r to every reader, and not every reader looks for more.
-    """
-    return weights.export(rules(table), _scaled(adapters, scale))
-
-
-def from_peft(table: Sequence[Rule], params: Params, tensors: Mapping[str, np.ndarray]) -> tuple[Params, float]:
-    """Adapters (fp32, on the host) and scale from the tensors of a LoRA file; names may lack "transformer.".
-
-    The scale is alpha/r with alpha from the tensors `{layer}.alpha`, and 1 without them. `params` are the model's, or
-    their shapes.
-
-    Raises:
-      ValueError: a tensor is not of an adapter of this model, is missing (a lora_A without lora_B, a block), or has
-        another rank or shape than the others; or alphas differ. The message names it.
-    """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    rank = next((tensors[name].shape[0] for name in tensors if name.endswith(".lora_A.weight")), 0)
-    factors = rules(table, prefix)
-    skeleton, alphas = {}, dict[str, float]()
-    for layer, kernel in _kernels(params).items():
-        names = {rule.ours[-1]: rule.names(kernel.shape) for rule in factors if rule.ours[:-2] == layer}
-        if any(name in tensors for name in (*names["a"], *names["b"])):
-            skeleton[layer] = _factors(kernel.shape, rank)
-            alphas |= {name.replace(".lora_A.weight", ".alpha"): float(rank) for name in names["a"]}
-    if not (rank and skeleton):
-        raise ValueError(f"no adapters of this model's layers among the tensors {_some(sorted(tensors))}")
-    adapters = weights.load(factors, _unflatten(skeleton), tensors, dtype=np.float32, ignore=alphas)
-    alphas |= {name: tensors[name].item() for name in alphas if name in tensors}
-    low, high = min(alphas, key=alphas.__getitem__), max(alphas, key=alphas.__getitem__)
-    if alphas[low] != alphas[high]:
-        raise ValueError(f"{low} is {alphas[low]:g} and {high} {alphas[high]:g}: one alpha for all layers is supported")
-    return adapters, alphas[low] / rank
-
-
-def save(folder: str | os.PathLike, table: Sequence[Rule], adapters: Params, scale: float) -> None:
-    """Writes pytorch_lora_weights.safetensors, which diffusers' load_lora_weights and load_lora_adapter open.
-
-    The scale is folded into lora_B (see `to_peft`), and noted in the file for `load` to take out again.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", FOLDED_SCALE: str(float(scale))}
-    weights.write_safetensors(Path(folder) / FILE_NAME, to_peft(table, adapters, scale), metadata)
-
-
-def load(path: str | os.PathLike, table: Sequence[Rule], params: Params) -> tuple[Params, float]:
-    """Adapters and scale, as `attach` takes them, from a LoRA file or its folder, ours or as diffusers saves it.
-
-    What `save` wrote comes back bit-identical if the scale is a power of two, and up to B's last bits otherwise. In
-    other files alpha is the metadata's or the tensors', and r without either. Raises ValueError where `from_peft` does,
-    and for metadata that contradict the tensors or ask for more than one rank and one alpha.
-    """
-    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-    tensors = weights.read_safetensors(file)
-    adapters, scale = from_peft(table, params, tensors)
-    with safe_open(file, framework="numpy") as opened:
-        metadata = opened.metadata() or {}
-    if PEFT_CONFIG in metadata:
-        if any(name.endswith(".alpha") for name in tensors):
-            raise ValueError(f"{file} gives alpha twice: remove its tensors .alpha or its metadata {PEFT_CONFIG}")
-        scale = _peft_scale(file, json.loads(metadata[PEFT_CONFIG]), rank=jax.tree.leaves(adapters)[0].shape[-1])
-    folded = float(metadata.get(FOLDED_SCALE, 1))
-    return _scaled(adapters, 1 / folded), scale * folded
-
-
-def _peft_scale(file: Path, config: dict[str, Any], rank: int) -> float:
-    config = {name.removeprefix(PREFIX): value for name, value in config.items()}
-    for field in ("alpha_pattern", "rank_pattern", "use_dora"):
-        if config.get(field):
-            raise ValueError(f"{file} has {field}={config[field]!r}, which is not supported: merge it with diffusers")
-    if config["r"] != rank:
-        raise ValueError(f"{file} has r={config['r']} in its metadata {PEFT_CONFIG}, and tensors of rank {rank}")
-    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def rules(table: Sequence[Rule], prefix: str = PREFIX) -> list[Rule]:
-    """The rules of adapters' factors in a LoRA file, from the model's."""
-    return [
-        Rule(
-            f"{prefix}{rule.theirs.removesuffix('.weight')}.lora_{factor.upper()}.weight",
-            rule.ours.removesuffix("kernel") + factor,
-            (1, 0),
-            rotary=rule.rotary if factor == "b" else 0,
-        )
-        for rule in table
-        if rule.ours.endswith("/kernel")
-        for factor in "ab"
-    ]
-
-
-def _kernels(params: Params) -> dict[str, Any]:
+def kernels(params: Params) -> dict[str, Any]:
     """The kernels of linear layers, one or stacked, by the layer's path."""
     leaves = traverse_util.flatten_dict(params, sep="/").items()
     return {path[: -len("/kernel")]: k for path, k in leaves if path.endswith("/kernel") and len(k.shape) in (2, 3)}
 
 
-def _factors(kernel: tuple[int, ...], rank: int) -> dict[str, jax.ShapeDtypeStruct]:
+def factors(kernel: tuple[int, ...], rank: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a layer's A and B, from its kernel's."""
     *blocks, d_in, d_out = kernel
     shapes = {"a": (*blocks, d_in, rank), "b": (*blocks, rank, d_out)}
     return {factor: jax.ShapeDtypeStruct(shape, jnp.float32) for factor, shape in shapes.items()}
 
 
-def _pairs(adapters: Params) -> dict[str, tuple[Any, Any]]:
+def pairs(adapters: Params) -> dict[str, tuple[Any, Any]]:
+    """A and B by the layer's path."""
     leaves = traverse_util.flatten_dict(adapters, sep="/")
     return {path[:-2]: (leaf, leaves[f"{path[:-2]}/b"]) for path, leaf in leaves.items() if path.endswith("/a")}
 
 
-def _scaled(adapters: Params, scale: float) -> Params:
-    """Adapters on the host with B times scale."""
-    return _unflatten(
-        {layer: {"a": a, "b": np.asarray(b) * np.float32(scale)} for layer, (a, b) in _pairs(adapters).items()}
-    )
-
-
 def _replace(params: Params, adapters: Params, make: Callable[[Any, Any, Any], Any]) -> Params:
     leaves = traverse_util.flatten_dict(params, sep="/")
-    for layer, (a, b) in _pairs(adapters).items():
+    for layer, (a, b) in pairs(adapters).items():
         if f"{layer}/kernel" not in leaves:
             raise ValueError(f"adapters of {layer} are of another model: this one has no such layer")
         leaves[f"{layer}/kernel"] = make(leaves[f"{layer}/kernel"], a, b)
@@ -292,6 +184,7 @@ def _unflatten(layers: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(layers, sep="/")
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few of them."""
     first = list(itertools.islice(names, 6))
     return ", ".join(first[:5]) + (", ..." if len(first) > 5 else "")

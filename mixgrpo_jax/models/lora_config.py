@@ -19,6 +19,9 @@ class LoraConfig:
     init: of A, "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and its
       default. B starts at zero, and so the adapted model as the base.
     base: dtype of the frozen parameters, see `lora.freeze`.
+    init_from: a LoRA file, a folder of one, or its name on the hub, that training starts from, see `lora_files.load`.
+      Its rank must be r. Its alpha may be another: B is scaled, so that the policy starts as the file has it. The role
+      "base" stays the model without adapters.
     """
 
     rank: int = 0
@@ -26,6 +29,7 @@ class LoraConfig:
     targets: str = ""
     init: str = "gaussian"
     base: str = "bfloat16"
+    init_from: str = ""
 
     def __post_init__(self):
         if self.rank < 0:
@@ -35,6 +39,11 @@ class LoraConfig:
         for field, choices in (("init", INITS), ("base", BASES)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"model.lora.{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
+        if self.init_from and not self.rank:
+            raise ValueError(
+                f"model.lora.init_from={self.init_from!r} with model.lora.rank=0, which trains no adapters: set "
+                "model.lora.rank to the file's"
+            )
         try:
             re.compile(self.targets)
         except re.error as error:

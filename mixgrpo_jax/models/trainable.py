@@ -1,5 +1,6 @@
 """What is trained of a transformer, and what stays as it was."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mixgrpo_jax.models import lora
+from mixgrpo_jax.models import lora, lora_files
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.lora_config import LoraConfig
 
@@ -21,13 +22,17 @@ class Trainable(NamedTuple):
 
 
 def make_trainable(parts: Parts, params: Any, config: LoraConfig, key: Array, keep_base: bool) -> Trainable:
-    """All parameters, or with a LoRA rank its adapters over the frozen base.
+    """All parameters, or with a LoRA rank its adapters over the frozen base, fresh or from a file.
 
     `keep_base` asks for the parameters before training, as a KL to the reference and hybrid sampling do: a second copy
     of a fully trained model; with LoRA they are there at no cost.
     """
     if config.rank:
-        adapters = lora.init(config.on(parts.family.targets), params, key)
+        config = config.on(parts.family.targets)
+        adapters = lora.init(config, params, key)
+        if config.init_from:
+            rules = parts.family.transformer.rules(parts.configs["transformer"])
+            adapters = lora_files.start(config, rules, params, adapters)
         return Trainable(adapters, lora.freeze(params, config.base), attachment(config))
     copy = jax.tree.map(jnp.copy, params) if keep_base else None  # training takes the buffers of its own over
     return Trainable(params, copy, attachment(config))
@@ -36,8 +41,10 @@ def make_trainable(parts: Parts, params: Any, config: LoraConfig, key: Array, ke
 def trainable_shapes(parts: Parts, params: Any, config: LoraConfig, keep_base: bool) -> Trainable:
     """`make_trainable` of the shapes of a transformer's parameters."""
 
+    fresh = dataclasses.replace(config, init_from="")  # no file is read for shapes
+
     def split(params: Any) -> tuple[Any, Any]:
-        made = make_trainable(parts, params, config, jax.random.key(0), keep_base)
+        made = make_trainable(parts, params, fresh, jax.random.key(0), keep_base)
         return made.params, made.base
 
     trained, base = jax.eval_shape(split, params)

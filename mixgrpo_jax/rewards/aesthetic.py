@@ -61,7 +61,7 @@ def aesthetic(
     score = Aesthetic(config or clip.clip_l14(), options.get("dtype", jnp.bfloat16))
     width = score.config.vision.projection_dim
     nothing = np.zeros(width, np.float32), np.zeros((), np.float32)
-    weight, bias = nothing if head is None else collapse(read_weights(head), width)
+    weight, bias = nothing if head is None else collapse(read_weights(head, "head"), width)
     params = load_params(weights, score.config, options, parts=("vision",)) | {"weight": weight, "bias": bias}
     return build("aesthetic", score, params, lambda prompts, metadata: None, options)
 

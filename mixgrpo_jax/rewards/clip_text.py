@@ -1,15 +1,15 @@
-"""Prompts as CLIP's token ids, by the tokenizer of a local folder."""
+"""Prompts as CLIP's token ids, by a released tokenizer."""
 
 import html
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import ftfy
 import numpy as np
 import transformers
 
 from mixgrpo_jax.models.clip.text import CLIPTextConfig
+from mixgrpo_jax.models.io import hub
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 
@@ -22,8 +22,8 @@ def load_tokenizer(
     Ids are <|startoftext|>, the text's, <|endoftext|> and padding; a longer text is cut and keeps its end.
 
     Args:
-        folder: as transformers saves a tokenizer, with tokenizer.json, or vocab.json and merges.txt. With None, all ids
-            are 0.
+        folder: as transformers saves a tokenizer, with tokenizer.json, or vocab.json and merges.txt; or a model's name
+            on the hub. With None, all ids are 0.
         config: the text encoder that the ids are for.
         clean: what is done to each prompt before.
 
@@ -33,10 +33,10 @@ def load_tokenizer(
     length = config.max_position_embeddings
     if folder is None:
         return lambda prompts: np.zeros((len(prompts), length), np.int32)
-    folder = Path(folder).expanduser()
+    folder = hub.local(folder, "tokenizer", *hub.TOKENIZER)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(
-            f"there is no CLIP tokenizer in {folder}: give a local folder with tokenizer.json, or with vocab.json and "
+            f"there is no CLIP tokenizer in {folder}: give a folder with tokenizer.json, or with vocab.json and "
             "merges.txt, such as that of openai/clip-vit-large-patch14; all models here share it"
         )
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)

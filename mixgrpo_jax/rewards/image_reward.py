@@ -1,7 +1,6 @@
 """ImageReward v1.0: how well people would like the picture for its prompt, by BLIP's towers on the device."""
 
 import os
-from pathlib import Path
 from typing import Any, Unpack
 
 import jax
@@ -11,7 +10,7 @@ import transformers
 
 from mixgrpo_jax.models import blip
 from mixgrpo_jax.models.blip import BLIPConfig
-from mixgrpo_jax.models.io import torch_io
+from mixgrpo_jax.models.io import hub, torch_io
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import Options, build
 from mixgrpo_jax.rewards.preprocess import preprocess
@@ -84,11 +83,12 @@ def image_reward(
 
 
 def load_tokenizer(folder: str | os.PathLike, config: BLIPConfig) -> transformers.BertTokenizer:
-    """BERT's tokenizer in a local folder: tokenizer.json or vocab.txt.
+    """BERT's tokenizer in a folder, or on the hub: tokenizer.json or vocab.txt.
 
     Raises ValueError where the folder has neither, or more words than the model has embeddings.
     """
-    if not any(Path(folder, file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+    folder = hub.local(folder, "tokenizer", *hub.TOKENIZER)
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise ValueError(f"there is no vocab.txt or tokenizer.json in {folder}: give bert-base-uncased's tokenizer")
     words = transformers.BertTokenizer.from_pretrained(folder)
     if len(words) > config.text.vocab_size:

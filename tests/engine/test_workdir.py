@@ -74,6 +74,23 @@ def test_a_models_folder_that_has_moved_is_the_same_model(tmp_path):
     assert list(workdirs.check(changed(model__folder=str(tmp_path)), tmp_path, reads=True)) == []
 
 
+def test_a_run_keeps_the_adapters_that_it_began_with_until_they_are_gone(tmp_path):
+    def beginning(file):
+        config = changed()
+        config.model.lora.rank, config.model.lora.init_from = 4, str(file)
+        return config
+
+    workdirs.record(beginning(tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match=r"model.lora.init_from='': the run in .* has '/.*'. To go on, "):
+        workdirs.check(beginning(""), tmp_path)
+    workdirs.record(beginning(tmp_path / "gone"), tmp_path)
+    assert workdirs.check(beginning(""), tmp_path) == {}
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["model"]["lora"]["init_from"]  # of a run from before the field was there
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert workdirs.check(beginning(""), tmp_path) == {}
+
+
 @pytest.mark.parametrize("recipe", ["quickstart", "nft", "dancegrpo"])
 def test_a_runs_own_config_is_read_as_it_was(tmp_path, recipe):
     config = configs.load(recipe, str(workdirs.RECIPE.parents[2] / "configs" / "any.py"))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.encode import load_encoders
-from mixgrpo_jax.models import families, lora, t5
+from mixgrpo_jax.models import families, lora, lora_files, t5
 from mixgrpo_jax.models.codec import PixelCodec
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
 from mixgrpo_jax.models.io.transformer import Transformer
@@ -158,8 +158,8 @@ def test_commands_take_it(folder, tmp_path):
     assert config == Sizes()
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), before)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, rounded)
-    lora.save(tmp_path, table(Sizes()), lora.init(LoraConfig(2, targets="proj"), params, jax.random.key(0)), 1)
-    assert lora.load(tmp_path, table(Sizes()), params)[0].keys() == {"proj"}
+    lora_files.save(tmp_path, table(Sizes()), lora.init(LoraConfig(2, targets="proj"), params, jax.random.key(0)), 1)
+    assert lora_files.load(tmp_path, FAMILY.transformer.rules(Sizes()), params).keys() == {"proj"}
 
     parts, encoders = load_encoders(folder)
     assert parts.family is FAMILY and encoders.keys() == {"text_encoder"}

@@ -1,14 +1,10 @@
-import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
 
 from mixgrpo_jax.models import flux, lora
 from mixgrpo_jax.models.flux.model import FluxConfig
@@ -225,6 +221,7 @@ def test_int8_does_not_mind_the_order_of_channels():
         ({"targets": "(q"}, r"lora.targets='\(q' is not a regular expression"),
         ({"init": "orthogonal"}, "lora.init='orthogonal'.*kaiming_uniform"),
         ({"base": "int4"}, "lora.base='int4'.*int8"),
+        ({"init_from": "style"}, "lora.init_from='style' with model.lora.rank=0"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -298,162 +295,3 @@ def test_flux_takes_adapted_parameters(config, remat):
     attached = lora.attach(params(), adapters(config), config.scale)
     assert relative_error(apply(CONFIG, params(), **inputs()), velocity(config)) > 0.1
     assert relative_error(apply(CONFIG, attached, **inputs(), remat=remat), velocity(config)) < 1e-5
-
-
-@pytest.fixture(scope="module")
-def torch_model(tmp_path_factory):
-    """Builds a diffusers model with our base weights; each caller loads its own adapters."""
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("base")
-    flux.TRANSFORMER.save_folder(folder, CONFIG, params())
-    return lambda: diffusers.FluxTransformer2DModel.from_pretrained(folder)
-
-
-def pipeline(model):
-    import diffusers
-
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), transformer=model, **parts)
-
-
-def run_torch(model):
-    import torch
-
-    tensors = {name: torch.tensor(value) for name, value in inputs().items()}
-    names = dict(x="hidden_states", text="encoder_hidden_states", pooled="pooled_projections", image_ids="img_ids")
-    tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    with torch.no_grad():
-        return model(**tensors, txt_ids=torch.zeros(5, 3)).sample.numpy()
-
-
-@pytest.mark.parametrize(
-    "config, through",
-    [
-        (ATTENTION, "pipeline"),
-        (ATTENTION, "model"),
-        (EVERY, "pipeline"),
-        (dataclasses.replace(ATTENTION, alpha=4), "model"),
-    ],
-)
-def test_diffusers_opens_what_we_save(torch_model, tmp_path, config, through):
-    lora.save(tmp_path, TABLE, adapters(config), config.scale)
-    model = torch_model()
-    if through == "pipeline":
-        pipeline(model).load_lora_weights(tmp_path)
-    else:
-        model.load_lora_adapter(tmp_path / lora.FILE_NAME)
-    assert relative_error(run_torch(model), velocity(config)) < 1e-5
-
-
-def with_alphas(tensors):
-    return tensors | {name.replace("lora_A.weight", "alpha"): np.float32(16) for name in tensors if "lora_A" in name}
-
-
-def save_torch(model, folder, how):
-    """Writes the model's adapter in each of the ways that diffusers has, and reads it back as diffusers does."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft.utils import get_peft_model_state_dict
-
-    if how in ("model", "rslora"):
-        model.save_lora_adapter(folder)
-        return
-    metadata = _collate_lora_metadata({"transformer": model}) if how == "metadata" else {}
-    pipeline(None).save_lora_weights(folder, get_peft_model_state_dict(model), **metadata)
-    if how == "alpha":
-        file = folder / lora.FILE_NAME
-        weights.write_safetensors(file, with_alphas(dict(weights.read_safetensors(file))))
-
-
-@pytest.mark.parametrize("how, scale", [("model", 4), ("rslora", 8), ("metadata", 4), ("alpha", 4), ("bare", 1)])
-def test_we_open_what_diffusers_saves(torch_model, tmp_path, how, scale):
-    import torch
-    from peft import LoraConfig as PeftConfig
-
-    torch.manual_seed(0)
-    model = torch_model()
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    model.add_adapter(PeftConfig(r=4, lora_alpha=16, target_modules=targets, use_rslora=how == "rslora"))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    save_torch(model, tmp_path, how)
-    if how == "bare":  # such a file has lost its alpha: compare with what diffusers makes of it
-        model = torch_model()
-        pipeline(model).load_lora_weights(tmp_path)
-    loaded, loaded_scale = lora.load(tmp_path, TABLE, params())
-    assert loaded_scale == scale
-    v = apply(CONFIG, lora.merge(params(), loaded, loaded_scale), **inputs())
-    assert relative_error(v, apply(CONFIG, params(), **inputs())) > 0.1
-    assert relative_error(v, run_torch(model)) < 1e-5
-
-
-@pytest.mark.parametrize("config, ulps", [(ATTENTION, 0), (dataclasses.replace(ATTENTION, alpha=4), 0), (EVERY, 2)])
-def test_saved_adapters_come_back(tmp_path, config, ulps):
-    lora.save(tmp_path, TABLE, adapters(config), config.scale)
-    with safe_open(tmp_path / lora.FILE_NAME, framework="numpy") as file:
-        assert file.metadata()["format"] == "pt"
-    for path in (tmp_path, tmp_path / lora.FILE_NAME):
-        loaded, scale = lora.load(path, TABLE, jax.eval_shape(params))
-        assert scale == config.scale
-        assert jax.tree.structure(loaded) == jax.tree.structure(adapters(config))
-        jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, ulps), loaded, adapters(config))
-
-
-def test_tensors_have_diffusers_names_and_the_scale_in_b():
-    tensors = lora.to_peft(TABLE, adapters(ATTENTION), 2.0)
-    assert len(tensors) == 2 * (2 * 8 + 3 * 3)
-    q = adapters(ATTENTION)["single_blocks"]["attention"]["q"]
-    np.testing.assert_array_equal(tensors[f"transformer.{Q}.lora_A.weight"], q["a"][1].T)
-    np.testing.assert_array_equal(tensors[f"transformer.{Q}.lora_B.weight"], 2 * weights.neighbours(q["b"][1], 16).T)
-    v, theirs = adapters(ATTENTION)["single_blocks"]["attention"]["v"], Q.replace("to_q", "to_v")
-    np.testing.assert_array_equal(tensors[f"transformer.{theirs}.lora_B.weight"], 2 * v["b"][1].T)
-
-
-def test_bf16_tensors_become_fp32_adapters():
-    tensors = lora.to_peft(TABLE, adapters(ATTENTION), 1.0)
-    loaded, _ = lora.from_peft(TABLE, params(), {n: t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()})
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({f"transformer.{Q}.lora_B.weight": None}, rf"missing tensors: transformer\.{Q}\.lora_B\.weight"),
-        ({f"transformer.{Q}.lora_magnitude_vector": np.zeros(32)}, "unexpected tensors: .*to_q.lora_magnitude_vector"),
-        ({f"transformer.{Q}.lora_A.weight": np.zeros((2, 32))}, rf"{Q}.lora_A.weight has shape \(2, 32\).*\(4, 32\)"),
-        ({f"transformer.{Q}.lora_A.weight": np.zeros((4, 48))}, rf"{Q}.lora_A.weight has shape \(4, 48\).*\(4, 32\)"),
-        ({"transformer.transformer_blocks.2.attn.to_q.lora_A.weight": np.zeros((4, 32))}, "transformer_blocks.2.attn"),
-        ({"text_encoder.q_proj.lora_A.weight": np.zeros((4, 32))}, "unexpected tensors: text_encoder.q_proj.lora_A"),
-        ({f"transformer.{Q}.alpha": np.float32(8)}, rf"alpha is 4 and transformer\.{Q}\.alpha 8: one alpha"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(change, message):
-    tensors = lora.to_peft(TABLE, adapters(ATTENTION), 1.0) | change
-    with pytest.raises(ValueError, match=message):
-        lora.from_peft(TABLE, params(), {name: tensor for name, tensor in tensors.items() if tensor is not None})
-
-
-def test_an_adapter_of_another_model_is_named():
-    tensors = {"transformer.joint_blocks.0.to_q.lora_A.weight": np.zeros((4, 32))}
-    with pytest.raises(ValueError, match=r"no adapters of this model's layers .*joint_blocks\.0"):
-        lora.from_peft(TABLE, params(), tensors)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"r": 8}, "r=8 .* tensors of rank 4"),
-        ({"alpha_pattern": {"to_q": 2}}, "alpha_pattern={'to_q': 2}, which is not supported"),
-        ({"use_dora": True}, "use_dora=True, which is not supported"),
-        ({"alphas": True}, "gives alpha twice"),
-    ],
-)
-def test_metadata_that_do_not_fit_are_named(tmp_path, change, message):
-    tensors = lora.to_peft(TABLE, adapters(ATTENTION), 1.0)
-    tensors = with_alphas(tensors) if change.pop("alphas", False) else tensors
-    config = {f"transformer.{name}": value for name, value in ({"r": 4, "lora_alpha": 8} | change).items()}
-    file = tmp_path / "style.safetensors"
-    weights.write_safetensors(file, tensors, {"format": "pt", lora.PEFT_CONFIG: json.dumps(config)})
-    with pytest.raises(ValueError, match=message):
-        lora.load(file, TABLE, params())

@@ -94,7 +94,7 @@ def test_saved_and_loaded(shipped, tmp_path):
 
 def test_what_ships_is_found_by_name(tmp_path):
     assert families.find("") == families.find("shipped:signs") == families.SHIPPED
-    assert families.find(tmp_path) == tmp_path
+    assert families.find(tmp_path) == tmp_path and families.is_here(tmp_path) and families.is_here("shipped:signs")
     with pytest.raises(ValueError, match=r"model.folder='shipped:none' does not ship .*choose from .*signs"):
         families.find("shipped:none")
 

@@ -86,11 +86,12 @@ def test_tensors_are_those_that_diffusers_makes(tmp_path, guidance):
     )
 
 
-def test_a_prefix_sets_the_transformer_apart_from_the_rest_of_the_file(tmp_path):
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_a_prefix_sets_the_transformer_apart_from_the_rest_of_the_file(tmp_path, prefix):
     plain, bundle = tmp_path / "plain.safetensors", tmp_path / "bundle.safetensors"
     weights.write_safetensors(plain, released(dtype=ml_dtypes.bfloat16))
     other = {"vae.decoder.conv_in.weight": np.zeros((2, 2)), "text_encoders.t5xxl.shared.weight": np.zeros((2, 2))}
-    weights.write_safetensors(bundle, other | released(dtype=ml_dtypes.bfloat16, prefix=release.PREFIX))
+    weights.write_safetensors(bundle, other | released(dtype=ml_dtypes.bfloat16, prefix=prefix))
     (config, params), (other_config, others) = flux.TRANSFORMER.load_folder(plain), flux.TRANSFORMER.load_folder(bundle)
     assert config == other_config
     assert families.of(plain) is families.of(bundle) is FAMILY

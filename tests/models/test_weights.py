@@ -406,7 +406,31 @@ def test_a_folder_needs_its_config(tmp_path):
 def test_a_folder_must_hold_one_set_of_weights(tmp_path):
     with pytest.raises(ValueError, match="found none"):
         weights.read_safetensors(tmp_path)
-    for name in ("model.safetensors", "model.fp16.safetensors"):
+    for name in ("model.safetensors", "ema.safetensors"):
         weights.write_safetensors(tmp_path / name, {"a": np.zeros(1)})
-    with pytest.raises(ValueError, match=r"found model\.fp16\.safetensors, model\.safetensors"):
+    with pytest.raises(ValueError, match=r"found ema\.safetensors, model\.safetensors"):
         weights.read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index, shard",
+    [
+        ("model.safetensors.index.fp16.json", "model.fp16-0000{}-of-00002.safetensors"),
+        ("model.fp16.safetensors.index.json", "model-0000{}-of-00002.fp16.safetensors"),
+    ],
+)
+def test_a_variant_is_read_in_place_of_the_main_file_and_not_beside_it(tmp_path, index, shard):
+    shards = {name: shard.format(k) for k, name in ((1, "a"), (2, "b"))}
+    for name, file in shards.items():
+        weights.write_safetensors(tmp_path / file, {name: np.full(1, 16, np.float16)})
+    (tmp_path / index).write_text(json.dumps({"weight_map": shards}))
+
+    def read():
+        return {name: (str(tensor.dtype), tensor.item()) for name, tensor in weights.read_safetensors(tmp_path).items()}
+
+    assert read() == {"a": ("float16", 16), "b": ("float16", 16)}
+    weights.write_safetensors(tmp_path / "model.bf16.safetensors", {"a": np.full(1, 3, ml_dtypes.bfloat16)})
+    assert read() == {"a": ("bfloat16", 3)}
+    weights.write_shards(tmp_path, "model", {"a": np.zeros(2), "b": np.ones(1)}, shard_size=16)
+    assert weights.read_safetensors(tmp_path).keys() == {"a", "b"} and len(list(tmp_path.glob("model-*"))) >= 2
+    assert {tensor.dtype for tensor in weights.read_safetensors(tmp_path).values()} == {np.dtype(np.float64)}

@@ -230,8 +230,10 @@ def test_ids_are_lower_case_padded_and_cut(tokenizer):
 
 
 def test_what_does_not_fit_is_named(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"there is no CLIP tokenizer in .*absent.*vocab.json"):
+    with pytest.raises(ValueError, match=r"tokenizer='.*absent': there is no such file or folder"):
         pickscore(tmp_path, tmp_path / "absent", config=EXACT)
+    with pytest.raises(ValueError, match=r"there is no CLIP tokenizer in .*vocab.json"):
+        pickscore(tmp_path, tmp_path, config=EXACT)
     other = dataclasses.replace(EXACT, text=dataclasses.replace(EXACT.text, vocab_size=60, eos_token_id=59))
     with pytest.raises(ValueError, match=r"has 64 tokens and ends text by 63.*vocab_size=60 and eos_token_id=59"):
         pickscore(tmp_path, tokenizer, config=other)

@@ -94,7 +94,10 @@ def test_a_command_ends_in_one_line_and_debug_keeps_the_traceback(debug, tmp_pat
     command = [sys.executable, "-m", "mixgrpo_jax.train", f"--workdir={tmp_path}", *["--debug"] * debug]
     flaw = "--config.model.folder=/not/there"
     done = subprocess.run([*command, "--config=configs/signs.py", flaw], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "model.folder='/not/there' has no transformer/" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 1
+        and "model.folder='/not/there': there is no such file or folder" in done.stderr.splitlines()[-1]
+    )
     assert ("Traceback" in done.stderr) == debug and (debug or len(done.stderr.splitlines()) == 1)
 
 
@@ -127,6 +130,9 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         ("transformer", {"num_layers": "two"}, "has num_layers='two', which should be as 19 is"),
         ("transformer", {"num_attention_heads": -1}, "has num_attention_heads=-1, which should be none below 0"),
         ("transformer", {"axes_dims_rope": [1, 1]}, r"axes_dims_rope=\(1, 1\) must be even"),
+        ("transformer", {"axes_dims_rope": ["a"]}, r"has axes_dims_rope=\('a',\), which should be as"),
+        ("transformer", {"_class_name": ["FluxTransformer2DModel"]}, r"has _class_name=\['Flux.* no known family"),
+        ("transformer", {"_class_name": None}, "has _class_name=None, no known family"),
         ("text_encoder_2", {"d_model": None}, "has d_model=None"),
         ("text_encoder_2", "", "is not JSON"),
     ],

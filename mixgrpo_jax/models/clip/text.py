@@ -236,7 +236,7 @@ def read_config(folder: str | os.PathLike) -> CLIPTextConfig:
     """The sizes in a folder's config.json. Raises ValueError for a folder of another model."""
     raw = weights.read_config(folder, RELEASE)
     config = weights.sized(CLIPTextConfig, folder, raw)
-    projected = PROJECTED in (raw.get("architectures") or ())
+    projected = PROJECTED in raw["architectures"] if isinstance(raw.get("architectures"), list) else False
     return config if projected else dataclasses.replace(config, projection_dim=None)
 
 

@@ -13,7 +13,8 @@ from mixgrpo_jax.models.flux.model import MLP_RATIO, FluxConfig
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Rule, linear
 
-PREFIX = "model.diffusion_model."  # names the transformer in a file that may hold a text encoder and a VAE as well
+# Of the transformer's tensors, in a file that may hold a text encoder and a VAE as well.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 SWAPPED = slice(None, None, -1)
 SIZING = (  # tensors whose shapes give the sizes
     "img_in.weight",
@@ -81,7 +82,7 @@ def recognises(file: str | os.PathLike) -> bool:
 def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndarray]]:
     """The config and the tensors, named as in `table`, of an original release.
 
-    Names may have the prefix "model.diffusion_model."; tensors without it are then of other models, and left out.
+    Names may have one of `PREFIXES`; tensors without it are then of other models, and left out.
     Raises ValueError for a file of another model, or of a FLUX.1 model with additional input channels.
     """
     tensors = _tensors(file)
@@ -98,8 +99,8 @@ def read_file(file: str | os.PathLike) -> tuple[FluxConfig, Mapping[str, np.ndar
 
 def _tensors(file: str | os.PathLike) -> Mapping[str, np.ndarray]:
     tensors = weights.read_safetensors(file)
-    whole = any(name.startswith(PREFIX) for name in tensors)
-    return weights.read_safetensors(file, prefix=PREFIX) if whole else tensors
+    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)]
+    return weights.read_safetensors(file, prefix=found[0]) if found else tensors
 
 
 def config_of(tensors: Mapping[str, np.ndarray]) -> FluxConfig:

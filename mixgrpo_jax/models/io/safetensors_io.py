@@ -7,7 +7,8 @@ name), and the data, without gaps. Pickled weights are never opened: they can ru
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD_SIZE = 10_000_000_000  # bytes, as diffusers cuts
+VARIANTS = ("", "fp32", "bf16", "fp16")  # in the order in which they are taken
+_VARIANT, _SHARD = r"(?:\.(fp32|bf16|fp16))?", r"(?:-\d+-of-\d+)?"
+_STORED = re.compile(rf"(.+?){_SHARD}{_VARIANT}{_SHARD}\.safetensors(?:\.index{_VARIANT}\.json)?")
 
 Progress = Callable[[int], Any]
 
@@ -78,7 +82,8 @@ def read_safetensors(path: str | os.PathLike, prefix: str = "") -> Mapping[str, 
     """Tensors by name, each read where it is indexed; all headers are read and checked first.
 
     `path` is a .safetensors file, an index of shards (.safetensors.index.json), or a folder that holds exactly one of
-    these. With a prefix, only the tensors whose names have it, and without it. bf16 tensors come as ml_dtypes.bfloat16.
+    these; beside it, variants in another precision may lie, or one in its place, see `preferred`. With a prefix, only
+    the tensors whose names have it, and without it. bf16 tensors come as ml_dtypes.bfloat16.
 
     Raises:
       ValueError: a folder holds none or several of these, or pickled weights only; a file is missing, cut short, or not
@@ -93,15 +98,30 @@ def read_safetensors(path: str | os.PathLike, prefix: str = "") -> Mapping[str, 
 
 
 def _only_weights(folder: Path) -> Path:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    kept = [folder / name for name in preferred(sorted(file.name for file in folder.glob("*.safetensors*")))]
+    indices = [file for file in kept if file.suffix == ".json"]
     shards = {shard for index in indices for shard in _shards(index).values()}
-    found = indices + [file for file in sorted(folder.glob("*.safetensors")) if file.name not in shards]
+    found = indices + [file for file in kept if file.suffix == ".safetensors" and file.name not in shards]
     if not found and (pickled := [file for file in sorted(folder.iterdir()) if file.suffix in PICKLED]):
         raise ValueError(_pickled(pickled[0]))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ValueError(f"{folder} must hold one .safetensors file or index, found {names}: give the path of one")
     return found[0]
+
+
+def preferred(names: Sequence[str]) -> list[str]:
+    """The names of weights' files without those of variants that need not be read.
+
+    Of a model in several precisions, the files without a variant's name are taken, or else those of fp32, bf16 or fp16.
+
+    >>> preferred(["vae.fp16.safetensors", "vae.safetensors", "t5.fp16-00001-of-00002.safetensors"])
+    ['vae.safetensors', 't5.fp16-00001-of-00002.safetensors']
+    """
+    stored = {name: found for name in names if (found := _STORED.fullmatch(name))}
+    rank = {name: VARIANTS.index(found[2] or found[3] or "") for name, found in stored.items()}
+    best = {found[1]: min(rank[n] for n in stored if stored[n][1] == found[1]) for found in stored.values()}
+    return [name for name in stored if rank[name] == best[stored[name][1]]]
 
 
 def _pickled(file: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mixgrpo_jax.models.io import hub
 from mixgrpo_jax.models.io.safetensors_io import PICKLED, read_safetensors
 
 DTYPES = {
@@ -107,13 +108,13 @@ def read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
     return _Tensors(path, _tensors(path, content))
 
 
-def read_weights(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
+def read_weights(path: str | os.PathLike, field: str = "weights") -> Mapping[str, np.ndarray]:
     """Tensors by name of a model, lazily: of a safetensors or torch.save file, or of a folder that holds one of them.
 
-    A folder's safetensors are taken before its pickled weights. Raises ValueError as `read` and `read_safetensors` do,
-    and for a folder that holds several.
+    They may be on the hub, see `hub.local`. A folder's safetensors are taken before its pickled weights. Raises
+    ValueError as `read` and `read_safetensors` do, for a folder that holds several, and, naming the field, for nothing.
     """
-    path = Path(path)
+    path = hub.local(path, field, *hub.WEIGHTS)
     if path.is_dir() and not list(path.glob("*.safetensors*")):
         pickled = [file for file in sorted(path.iterdir()) if file.suffix in PICKLED]
         if len(pickled) > 1:

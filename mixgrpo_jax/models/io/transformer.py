@@ -57,6 +57,10 @@ class Transformer:
     check: Callable[[Path, Any, Mapping[str, Any]], None] = _accept
     release: Release | None = None
 
+    def rules(self, config: Any) -> list[Rule]:
+        """The rules of its tensors by all their names: those of diffusers, and those of the original release."""
+        return [*self.table(config), *(self.release.table(config) if self.release else ())]
+
     def skeleton(self, config: Any) -> Params:
         """Shapes of the parameters."""
         return _skeleton(self.init, config)

@@ -167,7 +167,7 @@ def lazy_load(
     leaves = traverse_util.flatten_dict(skeleton, sep="/")
     rules = _rules(table, leaves)
     expected = {name for path, rule in rules.items() for name in rule.names(leaves[path].shape)}
-    _check_dtypes(expected & tensors.keys(), tensors)
+    check_dtypes(expected & tensors.keys(), tensors)
     _check_names(expected, tensors, ignore)
     params = {path: _lazy_parameter(rule, leaves[path].shape, tensors, dtype) for path, rule in rules.items()}
     return traverse_util.unflatten_dict(params, sep="/")
@@ -220,7 +220,8 @@ def _rules(table: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Rule]:
     return rules
 
 
-def _check_dtypes(names: Collection[str], tensors: Mapping[str, Any]) -> None:
+def check_dtypes(names: Collection[str], tensors: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first of these tensors that is of no float type."""
     for name in sorted(names):
         if (dtype := np.dtype(tensors[name].dtype)) not in FLOATS:
             file = getattr(tensors[name], "filename", None)
@@ -291,6 +292,8 @@ def sized(config_class: type, folder: str | os.PathLike, config: Mapping[str, An
         kind = type(field.default)
         kinds = (int, float) if kind is float else kind
         right = field.default is None or (isinstance(value, kinds) and isinstance(value, bool) == (kind is bool))
+        if isinstance(value, tuple):
+            right = isinstance(field.default, tuple) and all(type(size) is type(field.default[0]) for size in value)
         if not right or any(isinstance(size, int) and size < 0 for size in sizes):
             what = "none below 0" if right else f"as {field.default!r} is"
             raise ValueError(f"{file} has {field.name}={value!r}, which should be {what}: mend it, or fetch it again")
