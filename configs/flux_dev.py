@@ -30,7 +30,7 @@ def get_config():
     clip = dict(tokenizer="openai/clip-vit-large-patch14")
     config.reward_options = dict(
         hps=dict(clip, weights="xswu/HPSv2/HPS_v2.1_compressed.pt"),
-        image_reward=dict(weights="zai-org/ImageReward/ImageReward.pt", tokenizer="google-bert/bert-base-uncased"),
+        image_reward=dict(weights="THUDM/ImageReward/ImageReward.pt", tokenizer="google-bert/bert-base-uncased"),
         pickscore=dict(clip, weights="yuvalkirstain/PickScore_v1", normalise="mixgrpo"),
     )
     config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, -1  # 96 samples an update do not divide by 64

@@ -38,6 +38,7 @@ from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.rl.select import Replay
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
@@ -93,6 +94,7 @@ def _train(
     if fresh and before:
         writer.write(0, metrics.means("held_out", before.scores))
 
+    kept: Any = checkpoints.restore_samples if isinstance(settings.select, Replay) and not fresh else None
     last: Finished | None = None  # what can be saved, if it is not yet
     norms: collections.deque[float] = collections.deque(maxlen=50)  # of the last gradients
     timer = metrics.PhaseTimer()
@@ -117,7 +119,8 @@ def _train(
 
             with timer("reward"):
                 scores = collector.score(drawn, waiting=functools.partial(_keep, checkpoints, notice, last))
-                lesson = collector.learn(drawn, scores)
+                lesson = collector.learn(drawn, scores, kept)
+                kept = lesson.kept
             notice.agree()
 
             with notice.held():  # the update takes the last state's buffers over
@@ -136,7 +139,7 @@ def _train(
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
                     line |= metrics.means("held_out", after.scores)
-                last = finished(done, state, host_state(planned), upcoming and upcoming.sampled, line)
+                last = finished(done, state, host_state(planned), upcoming.sampled if upcoming else kept, line)
                 line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
                 writer.write(done, line)  # before the save: a run that goes on from it has the line
                 progress.set_postfix(metrics.brief(line))

@@ -15,16 +15,17 @@ from jax import Array
 
 from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.flow.plans import Layout
+from mixgrpo_jax.flow.plans import Layout, Plan
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, attachment, trainable_shapes
-from mixgrpo_jax.rl import select
+from mixgrpo_jax.rl import replay, select
+from mixgrpo_jax.rl.marble import mix
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
-from mixgrpo_jax.rl.update import MakeRoles, TrainState, init_state, make_update
+from mixgrpo_jax.rl.update import Batch, MakeRoles, TrainState, init_state, make_update
 from mixgrpo_jax.runtime import chips, compiler
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import compilations
@@ -38,6 +39,8 @@ class Programs(NamedTuple):
     features: Any  # frozen, tokens -> cond
     rollout: Any  # trained, frozen, plan, cond, key -> Rollout
     decode: Any  # frozen, x0 [B, S, C], k -> images [b, H, W, 3] uint8 of the samples chunks[k]
+    join: Any  # Batch, Plan, Batch, Plan -> those of all their groups
+    keep: Any  # Batch, Plan, positions [K, G] -> those of some groups
     update: Any  # TrainState, base, Batch, plan, chosen [P', G'] -> TrainState, metrics
     chunks: np.ndarray  # [n, b]: the samples that are decoded at a time
     places: Rollout  # shardings of a rollout
@@ -72,6 +75,8 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
             functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
             out_shardings=meshes.batch_sharding(mesh, chunks.shape[1]),
         ),
+        join=jit(functools.partial(_laid, mesh, replay.join)),
+        keep=jit(functools.partial(_laid, mesh, functools.partial(replay.keep, group=settings.batch.group))),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jit(
             _make_update(settings, policy, trainable.attach, meshes.batch_ways(mesh)),
@@ -82,6 +87,22 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
         places=sampled,
         compiled=compilations("draw_samples", "update_policy"),
     )
+
+
+def group_places(mesh: Any, batch: Batch, plan: Plan) -> tuple[Any, Any]:
+    """Shardings of whole groups that an update is given: samples over the batch axes."""
+
+    def place(axis: int) -> Callable[[Any], Any]:
+        return lambda a: meshes.batch_sharding(mesh, a.shape[axis], axis)
+
+    fields = (jax.tree.map(place(axis), field) for axis, field in zip(replay.AXES, batch))
+    return Batch(*fields), jax.tree.map(lambda a: meshes.replicated(mesh), plan)
+
+
+def _laid(mesh: Any, made: Callable, *given: Any) -> tuple[Batch, Plan]:
+    """Groups that a function makes, laid out as those that it made before."""
+    groups = made(*given)
+    return jax.lax.with_sharding_constraint(groups, group_places(mesh, *groups))
 
 
 def idle(settings: Settings, mesh: Any) -> list[str]:
@@ -256,7 +277,8 @@ def fit(settings: Settings, parts: Parts, mesh: Any) -> Settings:
     remat, at_most = "block", settings.batch.micro_batch
     if memory := _memory(settings, parts, mesh):
         gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), memory.trained)
-        left = memory.left - 2 * memory.held(gradients) - _bytes(_blocks(gradients))
+        apart = settings.gradients if settings.gradients > 1 else 0  # each reward's is kept until they are mixed
+        left = memory.left - (2 + apart) * memory.held(gradients) - _bytes(_blocks(gradients))
         activations = 5 * _positions(settings, parts, mesh) * memory.position
         for remat in ("dots", "attention", "block"):
             kept = _kept(settings, parts, memory, remat) / mesh.shape["context"]
@@ -340,7 +362,8 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
 
 
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
-    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates)
+    updates = settings.config.iterations * settings.batch.updates
+    return make_optimiser(settings.optimizer, updates, settings.gradients)
 
 
 def _fresh(settings: Settings) -> Callable[[Any], TrainState]:
@@ -367,8 +390,9 @@ def _make_update(settings: Settings, policy: Policy, attach: Any, ways: int) -> 
     return update_policy
 
 
-def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransformation:
+def make_optimiser(options: Optimizer, num_updates: int, rewards: int = 1) -> optax.GradientTransformation:
     """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
+    With `mix`, gradients have a leading axis of so many rewards.
 
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
     """
@@ -385,4 +409,5 @@ def make_optimiser(options: Optimizer, num_updates: int) -> optax.GradientTransf
         )
     else:
         step = optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
+    mixed = [mix(rewards, options.mix_decay)] if options.mix != "none" else []
+    return optax.chain(*mixed, optax.clip_by_global_norm(options.max_grad_norm), step)

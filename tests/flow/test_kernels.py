@@ -10,7 +10,7 @@ from mixgrpo_jax.flow.kernels import KERNELS, Transition, cps, flow_sde, kappa, 
 from mixgrpo_jax.flow.schedules import shifted_sigmas
 
 SIGMAS = shifted_sigmas(25, 3.0)
-EULER, CONSERVING = ("flow", "dance"), ("cps", "precise", "dance_precise")
+EULER, CONSERVING = ("flow", "dance", "linear"), ("cps", "precise", "dance_precise")
 ETA = 0.7
 # (sigma, sigma_next): both ends of a trajectory, and its inside.
 STEPS = [(1.0, 0.9), (0.9, 0.75), (0.4, 0.1), (0.2, 0.0), (1.0, 0.0)]

@@ -233,7 +233,7 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     remat: str = "none",
     attention: layers.Backend = "xla",
-    reduce_dtype: jnp.dtype = jnp.float32,
+    reduce_dtype: jnp.dtype | None = jnp.float32,
 ) -> jax.Array:
     """Velocity v(x, sigma, text) of packed latents.
 
@@ -251,7 +251,7 @@ def apply(
         are fp32 in any case.
       remat: what the backward pass of a block finds stored, see `remat.rematerialise`.
       attention: back end, see `attention.attention`.
-      reduce_dtype: in which gradients of kernels are summed over devices.
+      reduce_dtype: in which gradients of kernels are summed over devices; None where there are none.
 
     Returns:
       v [B, S, in_channels] in fp32.

@@ -42,7 +42,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     ids = image_ids(*codec.grid)
     guidance = config.guidance if model.guidance_embeds else None
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
-    options |= dict(reduce_dtype=jnp.dtype(config.reduce_dtype))
+    options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
     features, tokenize, limits = text(parts, config.text_length, dtype)
 
     def velocity(params, x, sigma, cond):

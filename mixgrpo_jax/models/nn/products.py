@@ -36,7 +36,8 @@ def gathered(block: Any, dtype: Any, reduce_dtype: Any) -> Any:
 
     Each kernel is gathered once, where its block runs. Left alone, a compiler cuts each product into as many small ones
     as the kernel has parts, and sends these around. A kernel's gradient is summed over devices in `reduce_dtype`, and
-    each device receives its part of the sum alone.
+    each device receives its part of the sum alone; None is of a program without gradients, where parameters have few
+    parts if any, whatever the mesh says.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -50,7 +51,8 @@ def gathered(block: Any, dtype: Any, reduce_dtype: Any) -> Any:
         cut = tuple(tuple(axis for axis in a if mesh.shape[axis] > 1) for a in used)
         kernel, read = name.endswith("kernel/value"), re.search("(kernel|bias)/value$", name)
         own = dtype if read and leaf.dtype == jnp.float32 else leaf.dtype
-        if kernel and mesh.shape.get("tensor", 1) == 1 and leaf.dtype in (jnp.float32, jnp.bfloat16):
+        cuts = reduce_dtype is not None and mesh.shape.get("tensor", 1) == 1
+        if kernel and cuts and leaf.dtype in (jnp.float32, jnp.bfloat16):
             return CutKernel(leaf, cut, own, reduce_dtype)
         return jax.lax.with_sharding_constraint(leaf.astype(own), _whole(cut))
 
