@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 
-MISSING = [name for name in ("gcsfs", "google.cloud.storage") if not importlib.util.find_spec(name.split(".")[0])]
+from mixgrpo_jax.runtime.files import CLIENTS
+
+
+def _lacks(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is None
+    except ModuleNotFoundError:
+        return True
+
+
+MISSING = [name for name in CLIENTS["gs"] if _lacks(name)]
 needs_clients = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: install the extra gcs")
 
 
