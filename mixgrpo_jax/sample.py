@@ -8,7 +8,7 @@ sampler of its `evaluation` section, whose fields are flags. Writes workdir/samp
 them in the prompts' order.
 """
 
-import pathlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +26,12 @@ from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.flow.rollout import initial_noise
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.runtime import app, distributed, report
+from mixgrpo_jax.runtime.files import Path, place
 
 
 def sample(
     config: Any,
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike,
     prompts: Sequence[str],
     noise: np.ndarray | None = None,
     *,
@@ -62,11 +63,11 @@ def sample(
         drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
     images = np.concatenate(drawn)[: len(prompts)]
     if first:
-        write(pathlib.Path(workdir) / "samples", images)
+        write(place(workdir) / "samples", images)
     return images
 
 
-def write(folder: pathlib.Path, images: np.ndarray) -> None:
+def write(folder: Path, images: np.ndarray) -> None:
     """The pictures [N, H, W, 3] one by one, and on one page."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):

@@ -25,6 +25,7 @@ from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.runtime.files import place
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
 from tests.python import ROOT, run_program
@@ -49,7 +50,7 @@ def tiny(recipe="mixgrpo", iterations=4):
 
 def lines(workdir):
     """metrics.jsonl without what a clock says."""
-    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    text = (place(workdir) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in text]
 
 

@@ -1,6 +1,6 @@
 """A config's policy on a mesh, and what a run has trained of it."""
 
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,7 +171,7 @@ def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
 
 
 def restore_trained(
-    settings: Settings, parts: Parts, workdir: str | pathlib.Path, trained: Any, base: bool = False
+    settings: Settings, parts: Parts, workdir: str | os.PathLike, trained: Any, base: bool = False
 ) -> tuple[Any, str]:
     """Trained parameters (an average or raw) from the newest checkpoint of workdir; and where from, in words.
 
