@@ -298,9 +298,9 @@ def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
                     assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), (index, name)
 
 
-def test_a_bucket_is_refused_before_a_folder_of_its_name_is_made():
-    with pytest.raises(configs.ConfigError, match="workdir='gs://bucket/run' is no folder: mount the bucket"):
-        train.train(tiny(), "gs://bucket/run")
+def test_a_url_of_no_known_kind_is_refused_before_a_folder_of_its_name_is_made():
+    with pytest.raises(ValueError, match="'ftp://bucket/run' is no URL that is known here: give a folder"):
+        train.train(tiny(), "ftp://bucket/run")
 
 
 class Recorded(NamedTuple):

@@ -94,7 +94,7 @@ def noise_variance(kernel, sigma, sigma_next):
 @pytest.mark.parametrize("kernel", EULER)
 @pytest.mark.parametrize("sigma, sigma_next", STEPS[1:4])
 def test_euler_kernels_leave_excess_noise(kernel, sigma, sigma_next):
-    g2 = ETA**2 * (sigma / (1 - sigma) if kernel == "flow" else 1.0)
+    g2 = ETA**2 * dict(flow=sigma / (1 - sigma), dance=1.0, linear=sigma**2)[kernel]
     dt = sigma_next - sigma
     excess = g2 * dt**2 / sigma + (g2 * dt / (2 * sigma)) ** 2
     np.testing.assert_allclose(noise_variance(kernel, sigma, sigma_next) - sigma_next**2, excess, rtol=1e-4)
