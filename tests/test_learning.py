@@ -16,7 +16,6 @@ from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.tasks import load_task
 
 SEEDS = (1, 2, 3)
-ITERATIONS = 10
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 RECIPES = ("grpo_guard", "flow_dppo", "pcpo", "rsm", "flash_grpo", "gcpo", "tmpo", "uni_tmpo", "op_grpo")
 RECIPES += ("nft", "awm", "vgrpo", "dpo", "dgpo", "crd")
@@ -41,17 +40,17 @@ def flipped(advantage, rng):
 CHANGES = (as_they_are, flipped, shuffled)
 
 
-def bright(folder, recipe):
+def bright(folder, recipe, iterations):
     """A short run of a recipe on a small policy."""
     config = configs.load(recipe, CONFIGS)
     config.model.folder = str(folder)
     config.rewards, config.watched = dict(bright=1.0), ()
     config.reward_options = dict(bright=dict(kind="function", path=f"{__name__}:brightness"))
-    config.iterations = ITERATIONS
+    config.iterations = iterations
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 8, 2, 16
     config.plan.num_steps = 4
     if "length" in config.plan:
-        config.plan.length = min(config.plan.length, 2)
+        config.plan.length, config.plan.bound = min(config.plan.length, 2), None
     if "iterations_per_window" in config.plan:
         config.plan.iterations_per_window = 5
     if config.plan.get("chunks"):
@@ -79,7 +78,7 @@ def setting(config):
         collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
         state, planned = programs.init(jax.tree.map(jax.numpy.asarray, start)), settings.planner.initial()
         before = held_out.assess(state.params, frozen)
-        for _ in range(ITERATIONS):
+        for _ in range(config.iterations):
             drawn = collector.take(state, planned)
             batch, *rest = collector.learn(drawn, collector.score(drawn)).given
             by_group = np.asarray(batch.advantage[0, :, 0]).reshape(-1, config.batch.group)
@@ -110,7 +109,7 @@ def check(config):
 
 
 def test_the_reward_rises_by_what_it_says_and_by_nothing_else(small_policy):
-    config = bright(small_policy, "mixgrpo")
+    config = bright(small_policy, "mixgrpo", 10)
     config.objective.clip_low = config.objective.clip_high = 1e-2
     check(config)
 
@@ -118,4 +117,4 @@ def test_the_reward_rises_by_what_it_says_and_by_nothing_else(small_policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_objective_learns_what_it_is_told(small_policy, recipe):
-    check(bright(small_policy, recipe))
+    check(bright(small_policy, recipe, 40))

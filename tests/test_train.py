@@ -140,7 +140,7 @@ def test_evaluate_and_sample_read_the_checkpoint(straight):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mixgrpo_flash_star", "dancegrpo", "mixgrpo_cps")]
 
 
-@pytest.mark.parametrize("recipe", ["mixgrpo_flash", "flow_grpo", *SLOW])
+@pytest.mark.parametrize("recipe", ["mixgrpo_flash", *SLOW])
 def test_recipes_train(recipe, tmp_path):
     config = tiny(recipe, iterations=2)
     train.train(config, tmp_path)
