@@ -10,7 +10,8 @@ from mixgrpo_jax.rl.terms import make_terms
 from mixgrpo_jax.rl.update import count_evaluations
 from tests.test_train import fast_first, lines, tiny
 
-FORWARD = ("awm", "vgrpo", "dpo", "apo")
+FORWARD = ("awm", "vgrpo", "dpo", "apo", "dgpo", "crd", "creflow", "marble", "omninft")
+CREDIT = ("gdpo", "dr_grpo", "slas", "poca", "otca", "vipo", "edit_grpo", "pec", "adagrpo")
 
 
 def brightness(images, prompts, metadata):
@@ -31,7 +32,7 @@ def small(folder, recipe):
     return config
 
 
-@pytest.mark.parametrize("recipe", fast_first(FORWARD, []))
+@pytest.mark.parametrize("recipe", fast_first([*FORWARD, *CREDIT], []))
 def test_a_recipe_trains_on_policy_at_its_cost_by_two_programs(small_policy, tmp_path, recipe):
     config = small(small_policy, recipe)
     train.train(config, tmp_path)
