@@ -455,13 +455,32 @@ def reverse(folder, iterations, recipe):
     return config
 
 
+@pytest.mark.slow
+def test_replayed_groups_resume_bit_for_bit(small_policy, tmp_path):
+    def config():
+        made = reverse(small_policy, 4, "op_grpo")
+        made.batch.prompts = made.select.capacity = 4
+        made.select.groups = 1
+        return made
+
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.train(config(), straight)
+    stopped(config(), resumed, 4)
+    train.train(config(), resumed)  # from the checkpoint at 2
+    assert lines(resumed) == lines(straight)
+    log = lines(straight)[1:]
+    assert log[0]["replay/share"] == 0 < log[-1]["replay/share"] <= 0.25  # one of four groups, at most
+    assert all(line["ratio/max_deviation"] < 1e-6 and line["compilations"] == 2 for line in log)
+
+
 def fast_first(names, fast):
     """The names, of which those not in `fast` are for the slow run."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 # By recipe at T=3, w=1 with 2 prompts x 4: places trained, and an update's evaluations in units of all rows
-REVERSE = dict(gcpo=(2, 2), dancegrpo_extremes=(1, 0.5))
+REVERSE = dict(grpo_guard=(2, 2), flow_dppo=(2, 2), pcpo=(1, 2), rsm=(2, 2), dancegrpo_extremes=(1, 0.5))
+REVERSE |= dict(flash_grpo=(1, 1), gcpo=(2, 2), tmpo=(1, 2), uni_tmpo=(1, 2))
 
 
 @pytest.mark.parametrize("recipe", fast_first(sorted(REVERSE), ["gcpo"]))
