@@ -11,6 +11,7 @@ from mixgrpo_jax.flow.plans.base import (
     Plan,
     Segment,
     Track,
+    choose_trained,
     distinct,
     lay,
     num_trained,
@@ -107,11 +108,10 @@ class ODE:
 
     def _trained(self, state: ODEState, prompts: int) -> np.ndarray:
         """The steps whose noise levels each prompt is trained at, [n, P] int32."""
-        rng, count = np.random.default_rng([self.seed, state.iteration, 1]), self.num_trained
+        seed, count, among = (self.seed, state.iteration, 1), self.num_trained, self.num_available
         if self.train_choice == "stratified":
-            bounds = np.linspace(0, self.num_available, count + 1)
+            bounds = np.linspace(0, among, count + 1)
+            rng = np.random.default_rng(seed)
             return rng.uniform(bounds[:-1, None], bounds[1:, None], (count, prompts)).astype(np.int32)
-        chosen = np.arange(count)
-        if self.train_choice == "random":
-            chosen = np.sort(rng.choice(self.num_available, count, replace=False))
-        return np.broadcast_to(chosen[:, None].astype(np.int32), (count, prompts))
+        chosen = choose_trained(self.num_steps, self.train_fraction, self.train_choice, seed, among)
+        return np.broadcast_to(chosen[:, None], (count, prompts))
