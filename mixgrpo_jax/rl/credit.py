@@ -153,8 +153,7 @@ def by_reward(rewards: Mapping[str, np.ndarray], group: np.ndarray, share: Mappi
 def whiten(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.ndarray:
     """(A - mean) / (std + epsilon) over the batch, [B]: with combine="advantages" it is GDPO (arXiv 2601.05242)."""
     del group
-    _, std = _statistics(advantage, np.zeros(len(advantage), int), np.ones_like(advantage), credit.ddof)
-    return (advantage - advantage.mean()) / (std + credit.epsilon)
+    return _over_std(advantage - advantage.mean(), credit)
 
 
 def tanh(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.ndarray:
@@ -169,9 +168,13 @@ def power_law(advantage: np.ndarray, group: np.ndarray, credit: Credit) -> np.nd
     It is SLAS (arXiv 2605.10937) where d = r - mean_group, as std_scope="none" gives it.
     """
     del group
-    bent = np.sign(advantage) * np.abs(advantage) ** credit.power
-    _, std = _statistics(bent, np.zeros(len(bent), int), np.ones_like(bent), credit.ddof)
-    return bent / (std + credit.epsilon)
+    return _over_std(np.sign(advantage) * np.abs(advantage) ** credit.power, credit)
+
+
+def _over_std(values: np.ndarray, credit: Credit) -> np.ndarray:
+    """Values [B] over their standard deviation in the batch."""
+    _, std = _statistics(values, np.zeros(len(values), int), np.ones_like(values), credit.ddof)
+    return values / (std + credit.epsilon)
 
 
 def even(advantage: np.ndarray, scores: Scores, share: Mapping[str, float], seen: Any, credit: Credit) -> np.ndarray:

@@ -210,7 +210,8 @@ def make_update(
                 return total_of(params, state.averages, frozen, batch, plan, keys, elements, jnp.int32(0))
 
             apart = "by_reward" in batch.extra
-            total, (sums, weight, evaluations) = (_by_reward if apart else _as_one)(accumulated, batch, objective)
+            added = _by_reward(accumulated, batch, objective) if apart else accumulated(batch)
+            total, (sums, weight, evaluations) = added
             each = 1 if spans else places
             weight = weight[::each].sum()  # every place has the same
             weight = jnp.where(weight > 0, weight, 1)
@@ -236,12 +237,6 @@ def make_update(
         return state._replace(averages=moved), metrics
 
     return update
-
-
-def _as_one(accumulated: Callable[[Batch], Any], batch: Batch, objective: Objective) -> Any:
-    """Sums of the samples with their advantages."""
-    del objective
-    return accumulated(batch)
 
 
 def _by_reward(accumulated: Callable[[Batch], Any], batch: Batch, objective: Objective) -> Any:
