@@ -190,15 +190,16 @@ def check_room(output: store.Split, lengths: np.ndarray) -> None:
     manifest = output.manifest
     sizes = np.array([manifest.nbytes(int(length)) for length in lengths])
     rest = int(FORMAT_OVERHEAD * sum(sizes[manifest.shards[shard]].sum() for shard in output.missing()))
-    free = math.inf
+    free, room = math.inf, ""
     if not in_bucket(output.folder):
         there = next(folder for folder in (output.folder, *output.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(there).free
+        room = f", {_size(free)} free"
     tokens = manifest.max_length if manifest.padding == "keep" else lengths.mean()
     print(
         f"{manifest.count:,} prompts x ({tokens:.4g} x {manifest.text_width} + {manifest.pooled_width}) x 2 bytes = "
         f"{manifest.count:,} x {_size(sizes.mean())} = {_size(sizes.sum())} in {len(manifest.shards):,} files; "
-        f"{_size(rest)} to be written" + ("" if in_bucket(output.folder) else f", {_size(free)} free")
+        f"{_size(rest)} to be written{room}"
     )
     if rest > free:
         raise ValueError(

@@ -3,8 +3,8 @@
     python -m mixgrpo_jax.evaluate --workdir=runs/quickstart
 
 Uses the newest checkpoint in workdir (with --base the model's folder), and the config of its run (or --config), whose
-fields are flags: `--config.evaluation.average=''` takes the raw
-parameters, `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
+fields are flags: `--config.evaluation.average=''` takes the raw parameters, and
+`--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
 """
 
 import os
