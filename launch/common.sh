@@ -2,7 +2,7 @@
 # What the launch scripts share: options, dry runs, and how a run is installed and started on TPU VMs. Sourced, not run.
 
 # shellcheck disable=SC2034 # the scripts read what `options` sets
-name='' zone='' project='' type='' version='' config='' workdir='' cache=/tmp/jax_cache slices=1 spot='' log='' delete=''
+name='' zone='' project='' type='' version='' config='' workdir='' slices=1 spot='' log='' delete=''
 source=$(dirname "${BASH_SOURCE[0]}")/.. # a checkout, or a git URL
 dry_run=''
 extra=() # what comes after --: flags for the training command
@@ -115,7 +115,7 @@ else git clone --quiet --depth 1 $(quoted "$source") mixgrpo_jax; fi"
 $unpack
 python3 -m pip install --quiet --user uv
 test -d venv || python3 -m uv venv --quiet --python 3.11 venv
-python3 -m uv pip install --quiet --python venv/bin/python --editable './mixgrpo_jax[tpu]'"
+python3 -m uv pip install --quiet --python venv/bin/python --editable './mixgrpo_jax[tpu,gcs]'"
 }
 
 # Starts training on every worker, unless it is on. What it says is in ~/train.log, its exit status in ~/train.exit.
@@ -128,6 +128,5 @@ cd ~/mixgrpo_jax
 echo \$? > ~/train.exit"
   on_workers all "if test -s train.pid && kill -0 \"\$(cat train.pid)\" 2>/dev/null; then echo 'the run is on'; exit; fi
 rm -f train.exit
-export JAX_COMPILATION_CACHE_DIR=$(quoted "$cache")
 nohup setsid bash -c $(quoted "$session") >> train.log 2>&1 < /dev/null &"
 }

@@ -2,7 +2,7 @@
 # Train on a TPU slice of a GKE cluster, as a JobSet (which the cluster must have: https://jobset.sigs.k8s.io).
 #
 #   launch/gke.sh --name=mix --image=REGISTRY/mixgrpo_jax --accelerator=tpu-v5p-slice --topology=4x4x4 \
-#       --config=configs/flux_dev_mixgrpo.py --workdir=/mnt/shared/flux
+#       --config=configs/flux_dev_mixgrpo.py --workdir=gs://bucket/flux
 #   launch/gke.sh --name=mix --log
 #   launch/gke.sh --name=mix --delete
 #
@@ -11,7 +11,7 @@
 #
 #   --name=NAME               of the JobSet
 #   --namespace=NAMESPACE     by default kubectl's own
-#   --image=IMAGE             container image in which mixgrpo_jax[tpu] is installed, and configs/ is in the working folder
+#   --image=IMAGE             container image in which mixgrpo_jax[tpu,gcs] is installed, and configs/ is in the working folder
 #   --accelerator=LABEL       of the nodes: tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice
 #   --topology=TOPOLOGY       of the slice, 4x4 or 4x4x4
 #   --slices=N                of that topology, by default 1: with mesh.data a multiple of N, they train together over the
@@ -20,7 +20,6 @@
 #   --spot                    use spot nodes
 #   --restarts=N              of the whole slice, by default 20
 #   --config=FILE --workdir=DIRECTORY   of the run
-#   --cache=DIRECTORY         of compiled programs, JAX_COMPILATION_CACHE_DIR; by default /tmp/jax_cache in the pod
 #   --log                     follow the first slice's first pod's log
 #   --delete                  delete the JobSet
 #   --dry-run                 print the command with the filled-in manifest, and run nothing
@@ -30,7 +29,7 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 namespace='' image='' accelerator='' topology='' chips=4 restarts=20
-options "name namespace image accelerator topology slices chips restarts config workdir cache" "spot log delete" "$@"
+options "name namespace image accelerator topology slices chips restarts config workdir" "spot log delete" "$@"
 need name
 
 kube() { run kubectl ${namespace:+--namespace="$namespace"} "$@"; }
@@ -65,7 +64,6 @@ manifest() {
   text=${text//@NODES@/"$count"}
   text=${text//@SLICES@/"$slices"}
   text=${text//@RESTARTS@/"$restarts"}
-  text=${text//@CACHE@/"$(json "$cache")"}
   text=${text//@ARGUMENTS@/"$arguments"}
   [[ $spot ]] || text=$(grep -v '# spot$' <<<"$text")
   echo "$text"

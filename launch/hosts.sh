@@ -13,7 +13,6 @@
 #   --folder=DIRECTORY        the checkout on every host
 #   --python=FILE             interpreter in which the package is installed, by default python
 #   --config=FILE --workdir=DIRECTORY   of the run; the workdir must be where all hosts find it
-#   --cache=DIRECTORY         of compiled programs, JAX_COMPILATION_CACHE_DIR; by default /tmp/jax_cache on the hosts
 #   --dry-run                 print the commands, and run none
 #   -- FLAGS                  for the training command: -- --config.iterations=10
 set -euo pipefail
@@ -21,14 +20,14 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 hosts='' address='' port=1234 folder='' python=python
-options "hosts address port folder python config workdir cache" "" "$@"
+options "hosts address port folder python config workdir" "" "$@"
 need hosts folder config workdir
 IFS=, read -ra host <<<"$hosts"
 address=${address:-${host[0]#*@}}
 
 command_of() { # command_of INDEX: what process INDEX runs on its host
   local told=(JAX_COORDINATOR_ADDRESS="$address:$port" JAX_NUM_PROCESSES="${#host[@]}" JAX_PROCESS_ID="$1")
-  echo "cd $(quoted "$folder") && exec env $(quoted "${told[@]}" JAX_COMPILATION_CACHE_DIR="$cache" \
+  echo "cd $(quoted "$folder") && exec env $(quoted "${told[@]}" \
     "$python" -m mixgrpo_jax.train --config="$config" --workdir="$workdir" "${extra[@]}")"
 }
 

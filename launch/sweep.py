@@ -2,7 +2,7 @@
 
     python launch/sweep.py --config=configs/signs_sweep.py --workdir=runs/sweep --parallel=2
     python launch/sweep.py --config=configs/signs_sweep.py --workdir=runs/sweep --config.iterations=10 --dry_run
-    python launch/sweep.py --config=configs/flux_sweep.py --workdir=/mnt/shared/sweep \\
+    python launch/sweep.py --config=configs/flux_sweep.py --workdir=gs://bucket/sweep \\
         --print="launch/tpu_pod.sh --zone=us-east5-a --type=v5p-64 --spot"
 
 Beside `get_config`, the config's file has `sweep(add)`, which calls `add` for each point with the fields that differ:
@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mixgrpo_jax import config as configs
-from mixgrpo_jax.runtime import app, metrics
+from mixgrpo_jax.runtime import app, files, metrics
 
 TAIL = 15  # lines of a failed point's log that are shown
 
@@ -36,7 +36,7 @@ class Point(NamedTuple):
     """A point of the grid: the fields that it changes, where it runs, and how many iterations it has."""
 
     fields: dict[str, Any]
-    workdir: pathlib.Path
+    workdir: files.Path
     iterations: int
 
     @property
@@ -58,7 +58,7 @@ class Point(NamedTuple):
         return max((line["iteration"] for line in self.lines()), default=0)
 
 
-def points(path: str, config: Any, workdir: pathlib.Path) -> list[Point]:
+def points(path: str, config: Any, workdir: files.Path) -> list[Point]:
     """The grid of the config file at `path`, on top of `config`.
 
     Raises:
@@ -161,7 +161,12 @@ def main(_) -> None:
     """Run, or print, the unfinished points."""
     config = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-    found = points(config.partition(":")[0], _CONFIG.value, pathlib.Path(_WORKDIR.value))
+    workdir = files.place(_WORKDIR.value)
+    if files.in_bucket(workdir) and not _PRINT.value:
+        raise configs.ConfigError(
+            f"--workdir={workdir} is a bucket, which takes no logs: give a folder, or --print a launcher's commands"
+        )
+    found = points(config.partition(":")[0], _CONFIG.value, workdir)
     left = [point for point in found if point.done() < point.iterations]
     commands = [command(point, config, overrides) for point in left]
     if _PRINT.value:
@@ -171,8 +176,8 @@ def main(_) -> None:
         return
     with concurrent.futures.ThreadPoolExecutor(_PARALLEL.value) as pool:
         succeeded = list(pool.map(run, left, commands))
-    pathlib.Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
-    (pathlib.Path(_WORKDIR.value) / "results.md").write_text(table(found) + "\n")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "results.md").write_text(table(found) + "\n")
     print(table(found))
     sys.exit(0 if all(succeeded) else 1)
 

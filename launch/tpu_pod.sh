@@ -2,7 +2,7 @@
 # Train on a TPU pod slice by a queued resource, and start again when the slice is taken away.
 #
 #   launch/tpu_pod.sh --name=mix --zone=us-east5-a --type=v5p-64 --spot --config=configs/flux_dev_mixgrpo.py \
-#       --workdir=/mnt/shared/flux
+#       --workdir=gs://bucket/flux
 #   launch/tpu_pod.sh --name=mix --zone=us-east5-a --log
 #   launch/tpu_pod.sh --name=mix --zone=us-east5-a --delete
 #
@@ -21,7 +21,6 @@
 #   --spot                    ask for spot capacity
 #   --config=FILE --workdir=DIRECTORY   of the run
 #   --source=SOURCE           git URL, or a checkout whose HEAD is copied; by default this one
-#   --cache=DIRECTORY         of compiled programs, JAX_COMPILATION_CACHE_DIR; by default /tmp/jax_cache on the workers
 #   --retries=N               slices asked for again before giving up, by default 20
 #   --poll=SECONDS            between looks at the state, by default 60. The wait for another slice begins with it and
 #                             doubles up to half an hour
@@ -35,7 +34,7 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 retries=20 poll=60 keep=''
-options "name zone project type version config workdir source cache retries poll slices" "spot keep log delete" "$@"
+options "name zone project type version config workdir source retries poll slices" "spot keep log delete" "$@"
 need name zone
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices is no count"
 

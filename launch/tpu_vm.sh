@@ -13,7 +13,6 @@
 #   --spot                    make it a spot VM
 #   --config=FILE --workdir=DIRECTORY   of the run; relative ones are of the checkout on the VM
 #   --source=SOURCE           git URL, or a checkout whose HEAD is copied; by default this one
-#   --cache=DIRECTORY         of compiled programs, JAX_COMPILATION_CACHE_DIR; by default /tmp/jax_cache on the VM
 #   --log                     follow the run's log
 #   --fetch=DIRECTORY         copy the workdir there
 #   --delete                  delete the VM and what is on it
@@ -24,7 +23,7 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 type=v4-8 fetch=''
-options "name zone project type version config workdir source cache fetch" "spot log delete" "$@"
+options "name zone project type version config workdir source fetch" "spot log delete" "$@"
 need name zone
 
 is_there() {
@@ -38,7 +37,11 @@ elif [[ $log ]]; then
   follow
 elif [[ $fetch ]]; then
   need workdir
-  scp_tpu --recurse "$name:mixgrpo_jax/$workdir" "$fetch"
+  if [[ $workdir == gs://* ]]; then
+    run gcloud storage cp --recursive "$workdir" "$fetch"
+  else
+    scp_tpu --recurse "$name:mixgrpo_jax/$workdir" "$fetch"
+  fi
 else
   need config workdir
   is_there || tpu tpu-vm create --accelerator-type="$type" --version="${version:-$(runtime_version)}" ${spot:+--spot}

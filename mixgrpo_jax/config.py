@@ -36,7 +36,7 @@ from mixgrpo_jax.rl import terms
 from mixgrpo_jax.rl.credit import Credit
 from mixgrpo_jax.rl.objectives import OBJECTIVES
 from mixgrpo_jax.rl.samples import Objective
-from mixgrpo_jax.rl.select import SELECTIONS, Selection
+from mixgrpo_jax.rl.select import SELECTIONS, Replay, Selection
 from mixgrpo_jax.rl.update import Average
 from mixgrpo_jax.tasks import TASKS
 
@@ -138,6 +138,7 @@ def _make(kind: type, path: str, section: Any, **others: Any) -> Any:
             fields[name] = _make(LoraConfig, f"{path}.{name}", value)
         else:
             _check_type(f"{path}.{name}", value, annotations[name])
+            fields[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fields, **others)
 
 
@@ -263,6 +264,9 @@ class Optimizer:
     weight_decay: decoupled, and follows the rate.
     max_grad_norm: of all gradients together.
     max_grad_ratio: of their norm to the median of the last 50 updates'; beyond it the run stops. 0 is no bound.
+    mix: "min_norm" computes a gradient of each reward and mixes them, see `rl.marble`; weights of rewards then do not
+      count. "none" mixes advantages, see `Credit.combine`.
+    mix_decay: of the average of the gradients' shares.
     """
 
     name: str = "adamw"
@@ -276,8 +280,11 @@ class Optimizer:
     weight_decay: float = _number(1e-4, at_least=0)
     max_grad_norm: float = _number(1.0, above=0)
     max_grad_ratio: float = _number(100.0, at_least=0)
+    mix: str = "none"
+    mix_decay: float = _number(0.7, at_least=0, below=1)
 
     def __post_init__(self):
+        _choice("optimizer.mix", self.mix, ("none", "min_norm"))
         _choice("optimizer.name", self.name, ("adamw", "adafactor"))
         _choice("optimizer.dtype", self.dtype, DTYPES)
         _check_numbers(self, "optimizer")
@@ -571,6 +578,11 @@ class Settings:
         return self.update_samples // self.micro_batch(ways) * self.planner.num_trained
 
     @property
+    def gradients(self) -> int:
+        """Gradients of an update: one, or one of each reward with a weight."""
+        return sum(weight > 0 for weight in self.rewards.values()) if self.optimizer.mix != "none" else 1
+
+    @property
     def roles(self) -> frozenset[str]:
         """Whom the update asks for a velocity, beside the trained policy."""
         return self.objective.roles | terms.roles_of(self.terms)
@@ -725,6 +737,16 @@ def _check_sizes(settings: Settings) -> None:
         raise ConfigError(
             f"batch.shared_noise=True with plan.name={settings.config.plan.name!r}: the plan has no stochastic step, "
             "and a group that starts from one noise would be one picture; set batch.shared_noise=False"
+        )
+    if settings.optimizer.mix != "none" and settings.advantage.spread != "even":
+        raise ConfigError(
+            f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
+            "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
+        )
+    if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
+        raise ConfigError(
+            f"select.name='replay', objective.name={settings.config.objective.name!r}: the objective does not correct "
+            'for who drew replayed samples; set config.objective = choose("objective", "op_grpo")'
         )
     if settings.objective.span == "group":
         _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)

@@ -11,14 +11,18 @@ The source is a pipeline's folder (of which transformer/ is read), a transformer
 with the model that they are for as --base, adapters in a LoRA file. The target is a new folder, which
 appears when it is complete: for `diffusers`, one that its from_pretrained opens; for `orbax`, config.json and a
 checkpoint of our parameters, from which each host of a slice reads only its own; for `lora`, adapters as
-load_lora_weights opens them. Parameters are read and written one by one.
+load_lora_weights opens them. Parameters are read and written one by one. Source and target may be in a bucket
+(gs://bucket/trained): of a run there only what is needed is read, models are copied to this machine first, and targets
+from it.
 """
 
 import contextlib
 import functools
+import os
 import pathlib
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -38,6 +42,7 @@ from mixgrpo_jax.models.io.weights import Lazy, Params
 from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.runtime import app
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, host_sum
+from mixgrpo_jax.runtime.files import Path, fetched, in_bucket, place, upload
 
 TARGETS = ("orbax", "diffusers", "lora")
 DTYPES = ("", "bfloat16", "float32")
@@ -53,8 +58,8 @@ class Run(NamedTuple):
 
 
 def convert(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
     to: str,
     *,
     dtype: str = "",
@@ -83,20 +88,25 @@ def convert(
     for flag, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES)):
         if value not in choices:
             raise ValueError(f"--{flag}={value!r} is unknown: choose one of {choices}")
-    target = pathlib.Path(target)
+    target = place(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={str(target)!r} is there already: give a new folder, or remove it")
-    if to == "lora":
-        num_bytes = _write_adapters(_adapted(source, which, dtype, base), target)
-    else:
-        num_bytes = _write_transformer(_open(source, which, dtype or None, merge, base), target, to, shard_size)
+    with contextlib.nullcontext(source) if _is_run(source) else fetched(source) as opened:
+        if to == "lora":
+            num_bytes = _write_adapters(_adapted(opened, which, dtype, base), target)
+        else:
+            num_bytes = _write_transformer(_open(opened, which, dtype or None, merge, base), target, to, shard_size)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = num_bytes / seconds
     print(f"{target}: {_size(num_bytes)} in {seconds:.1f} s ({_size(rate)}/s), peak memory {_size(peak)}")
 
 
-def _open(source: str | pathlib.Path, which: str, dtype: Any, merge: bool, base: str) -> Source:
+def _is_run(source: str | os.PathLike) -> bool:
+    return (place(source) / "checkpoints").is_dir()
+
+
+def _open(source: str | os.PathLike, which: str, dtype: Any, merge: bool, base: str) -> Source:
     if run := _trained_in(source, which, base):
         return _whole(run, dtype, merge)
     if merge:
@@ -110,16 +120,16 @@ def _open(source: str | pathlib.Path, which: str, dtype: Any, merge: bool, base:
     return families.of(transformer).transformer.open_source(transformer, dtype)
 
 
-def _trained_in(source: str | pathlib.Path, which: str, base: str) -> Run | None:
+def _trained_in(source: str | os.PathLike, which: str, base: str) -> Run | None:
     """What a run has trained, or the adapters of a LoRA file; None of a model."""
-    if pathlib.Path(source, "checkpoints").is_dir():
+    if _is_run(source):
         if base:
             raise ValueError(f"--base={base!r}: {source} is a run's workdir, whose config.json names its base")
         return open_run(source, which)
     return open_adapters(source, base) if base else None
 
 
-def open_adapters(file: str | pathlib.Path, base: str) -> Run:
+def open_adapters(file: str | os.PathLike, base: str) -> Run:
     """The adapters of a LoRA file, with the base that they are for. Raises ValueError where they do not fit it."""
     transformer = families.find_transformer(base, "--base")
     opened = families.of(transformer).transformer.open_source(transformer)
@@ -130,12 +140,12 @@ def open_adapters(file: str | pathlib.Path, base: str) -> Run:
     return Run(opened, LoraConfig(rank=rank, alpha=rank), adapters)
 
 
-def open_run(workdir: str | pathlib.Path, which: str = "") -> Run:
+def open_run(workdir: str | os.PathLike, which: str = "") -> Run:
     """The newest checkpoint of a run, with the base that its config.json names.
 
     Raises ValueError where they differ, or where the checkpoint lacks what is asked for.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = place(workdir)
     if not (file := workdir / "config.json").is_file():
         raise ValueError(f"there is no {file}, which names the run's base: copy it from where the run was trained")
     settings = weights.read_json(file)
@@ -185,7 +195,7 @@ def _checked(leaf: Lazy, name: str, checkpoints: Checkpoints) -> Lazy:
     return Lazy(leaf.shape, leaf.dtype, read)
 
 
-def _average(settings: dict[str, Any], state: pathlib.Path, version: int, which: str) -> str:
+def _average(settings: dict[str, Any], state: Path, version: int, which: str) -> str:
     """The name of the average that is asked for, "" for the parameters themselves."""
     if version > 1:
         kept, evaluated = sorted(orbax_io.stored(state).get("averages", ())), settings["evaluation"]["average"]
@@ -232,7 +242,7 @@ def _cast(leaf: Lazy, dtype: Any) -> Lazy:
     return Lazy(leaf.shape, dtype, lambda index: leaf[index].astype(dtype, copy=False))
 
 
-def _adapted(source: str | pathlib.Path, which: str, dtype: str, base: str) -> Run:
+def _adapted(source: str | os.PathLike, which: str, dtype: str, base: str) -> Run:
     if not (run := _trained_in(source, which, base)):
         raise ValueError(
             f"--to=lora: {source} is no run's workdir; use --to=diffusers or --to=orbax for a model, and give a LoRA "
@@ -245,7 +255,7 @@ def _adapted(source: str | pathlib.Path, which: str, dtype: str, base: str) -> R
     return run
 
 
-def _write_adapters(run: Run, target: pathlib.Path) -> int:
+def _write_adapters(run: Run, target: Path) -> int:
     num_bytes = _num_bytes(run.trained)
     with _whole_folder(target, num_bytes) as folder:
         table = run.base.transformer.table(run.base.config)
@@ -253,7 +263,7 @@ def _write_adapters(run: Run, target: pathlib.Path) -> int:
     return num_bytes
 
 
-def _write_transformer(source: Source, target: pathlib.Path, to: str, shard_size: int) -> int:
+def _write_transformer(source: Source, target: Path, to: str, shard_size: int) -> int:
     num_bytes = _num_bytes(source.params)
     with (
         _whole_folder(target, num_bytes) as folder,
@@ -273,19 +283,28 @@ def _num_bytes(params: Params) -> int:
 
 
 @contextlib.contextmanager
-def _whole_folder(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """A folder beside the target that takes its place when all is written, and goes when something fails."""
-    disk = next(parent for parent in target.absolute().parents if parent.exists())
+def _whole_folder(target: Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder beside the target that takes its place when all is written, and goes when something fails.
+
+    What is for a bucket is written on this machine first.
+    """
+    here = pathlib.Path(tempfile.gettempdir(), target.name) if in_bucket(target) else pathlib.Path(target).absolute()
+    disk = next(parent for parent in here.parents if parent.exists())
     if (free := shutil.disk_usage(disk).free) < num_bytes:
         raise ValueError(
             f"{disk} has {_size(free)} left, and {target} takes {_size(num_bytes)}: make room, or go elsewhere"
         )
-    partial = target.absolute().with_name(f"{target.absolute().name}.partial")
+    if in_bucket(target):
+        with tempfile.TemporaryDirectory() as written:
+            yield pathlib.Path(written)
+            upload(pathlib.Path(written), target, last="config.json")
+        return
+    partial = here.with_name(f"{here.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(target)
+        partial.rename(here)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -24,6 +24,7 @@ Of n processes that share a file system, process k writes the shards k, k + n, .
 
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -45,6 +46,7 @@ from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Family, Parts
 from mixgrpo_jax.runtime import app, distributed
 from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.files import in_bucket, place
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 FORMAT_OVERHEAD = 1.01  # of the files over the features in them
@@ -105,7 +107,7 @@ def encode(
         dtype=DTYPE.name,
         before=shapes["text"].shape[1] - length,
     )
-    output = store.Split(pathlib.Path(target).expanduser(), split, manifest)
+    output = store.Split(place(target).expanduser(), split, manifest)
     output.check()
     check_room(output, lengths)
     output.begin()
@@ -189,13 +191,16 @@ def check_room(output: store.Split, lengths: np.ndarray) -> None:
     manifest = output.manifest
     sizes = np.array([manifest.nbytes(int(length)) for length in lengths])
     rest = int(FORMAT_OVERHEAD * sum(sizes[manifest.shards[shard]].sum() for shard in output.missing()))
-    there = next(folder for folder in (output.folder, *output.folder.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free, room = math.inf, ""
+    if not in_bucket(output.folder):
+        there = next(folder for folder in (output.folder, *output.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        room = f", {_size(free)} free"
     tokens = manifest.max_length if manifest.padding == "keep" else lengths.mean()
     print(
         f"{manifest.count:,} prompts x ({tokens:.4g} x {manifest.text_width} + {manifest.pooled_width}) x 2 bytes = "
         f"{manifest.count:,} x {_size(sizes.mean())} = {_size(sizes.sum())} in {len(manifest.shards):,} files; "
-        f"{_size(rest)} to be written, {_size(free)} free"
+        f"{_size(rest)} to be written{room}"
     )
     if rest > free:
         raise ValueError(

@@ -72,7 +72,9 @@ def work(settings: Settings, policy: Policy, mesh: Any) -> tuple[dict[str, float
         state = planner.advance(state)
     rollout, *steps = np.mean(seen, axis=0).tolist()
     tools = Tools(settings.sampler, make_terms(settings.terms, settings.sampler), policy.tokens)
-    of_update = count_evaluations(settings.objective, settings.roles, tools, policy.latent_shape, planner.num_trained)
+    of_update = count_evaluations(
+        settings.objective, settings.roles, tools, policy.latent_shape, planner.num_trained, settings.gradients
+    )
     cost = Cost(*(policy.evaluations * n for n in (rollout, *(settings.trained_samples * each for each in of_update))))
     adapters = settings.model.lora.rank > 0
     recomputed = settings.model.remat in ("attention", "block")  # the former all but attention

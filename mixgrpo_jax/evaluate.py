@@ -3,11 +3,11 @@
     python -m mixgrpo_jax.evaluate --workdir=runs/quickstart
 
 Uses the newest checkpoint in workdir (with --base the model's folder), and the config of its run (or --config), whose
-fields are flags: `--config.evaluation.average=''` takes the raw
-parameters, `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
+fields are flags: `--config.evaluation.average=''` takes the raw parameters, and
+`--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
 """
 
-import pathlib
+import os
 import sys
 from typing import Any
 
@@ -15,21 +15,21 @@ from absl import flags, logging
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import HeldOut, table
-from mixgrpo_jax.engine.loading import load_policy, load_rewards, restore_trained
+from mixgrpo_jax.engine.loading import load_policy, load_rewards, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.runtime import app, distributed, report
-from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.files import place
 from mixgrpo_jax.runtime.metrics import scored
 
 
-def evaluate(config: Any, workdir: str | pathlib.Path, *, base: bool = False) -> dict[str, float]:
+def evaluate(config: Any, workdir: str | os.PathLike, *, base: bool = False) -> dict[str, float]:
     """Score, print the table, write the pictures to `workdir`/held_out.png; returns the mean scores.
 
     With `base` the policy is not what the run in `workdir` has trained, but what it began with.
     """
     settings = configs.resolve(config)
     text = config.data.name != "features"
-    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    mesh = mesh_of(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, text=text)
     trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     held_out = HeldOut(settings, policy, load_rewards(settings), trainable.attach)
@@ -37,8 +37,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path, *, base: bool = False) ->
     if distributed.is_first():
         print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
         print(table(scores, held_out.groups))
-        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-        report.save_png(pathlib.Path(workdir) / "held_out.png", report.tile(images[:96], columns=8))
+        place(workdir).mkdir(parents=True, exist_ok=True)
+        report.save_png(place(workdir) / "held_out.png", report.tile(images[:96], columns=8))
     return {name: float(scored(values).mean()) for name, values in scores.items()}
 
 

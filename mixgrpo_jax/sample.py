@@ -8,7 +8,7 @@ sampler of its `evaluation` section, whose fields are flags. Writes workdir/samp
 them in the prompts' order.
 """
 
-import pathlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine.held_out import make_draw
-from mixgrpo_jax.engine.loading import load_policy, restore_trained
+from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
 from mixgrpo_jax.flow.rollout import initial_noise
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.runtime import app, distributed, report
-from mixgrpo_jax.runtime import mesh as meshes
+from mixgrpo_jax.runtime.files import Path, place
 
 
 def sample(
     config: Any,
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike,
     prompts: Sequence[str],
     noise: np.ndarray | None = None,
     *,
@@ -45,7 +45,7 @@ def sample(
     settings = configs.resolve(config)
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
-    mesh = meshes.make_mesh(config.mesh, samples=settings.update_samples)
+    mesh = mesh_of(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh)
     trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
@@ -63,11 +63,11 @@ def sample(
         drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
     images = np.concatenate(drawn)[: len(prompts)]
     if first:
-        write(pathlib.Path(workdir) / "samples", images)
+        write(place(workdir) / "samples", images)
     return images
 
 
-def write(folder: pathlib.Path, images: np.ndarray) -> None:
+def write(folder: Path, images: np.ndarray) -> None:
     """The pictures [N, H, W, 3] one by one, and on one page."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):

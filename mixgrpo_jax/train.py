@@ -4,14 +4,16 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
-checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/.
+checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/. The workdir may
+be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled programs, unless
+JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
-import pathlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,70 +31,77 @@ from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
-from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, restore_run
+from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, mesh_of, restore_run
 from mixgrpo_jax.engine.programs import fit, idle, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.rl.select import Replay
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
-from mixgrpo_jax.runtime.files import locked
+from mixgrpo_jax.runtime.files import Path, locked, place
 from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
 
-def train(config: Any, workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Run the config's iterations in `workdir`; returns the held-out scores {name: [N]} of the result.
+def train(config: Any, workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Run the config's iterations in `workdir`, a folder or a bucket's URL; returns the held-out scores {name: [N]}.
 
     Of several processes, each must find `workdir` at the same place.
     """
-    if "://" in str(workdir):
-        raise configs.ConfigError(f"workdir={str(workdir)!r} is no folder: mount the bucket, and name the folder there")
     settings = configs.resolve(config)
-    mesh, workdir = meshes.make_mesh(config.mesh, samples=settings.update_samples), pathlib.Path(workdir)
+    mesh, workdir = mesh_of(settings), place(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     notice = Notice()
     # The mesh is set for the attention kernels that are placed by hand.
-    with jax.set_mesh(mesh), notice.watched(), locked(workdir) if distributed.is_first() else contextlib.nullcontext():
+    lock = locked(workdir) if distributed.is_first() else contextlib.nullcontext(lambda: None)
+    with jax.set_mesh(mesh), notice.watched(), lock as check_lock:
         checkpoints = Checkpoints(workdir, **dataclasses.asdict(settings.checkpoint))
         with _closing(checkpoints):
-            return _train(settings, workdir, mesh, checkpoints, notice)
+            return _train(settings, workdir, mesh, checkpoints, notice, check_lock)
 
 
 @contextlib.contextmanager
-def _closing(checkpoints: Checkpoints) -> Iterator[None]:
-    """Finish the save under way, also of a run that fails, whose error is then told."""
+def _closing(writes: Checkpoints | metrics.MetricWriter) -> Iterator[None]:
+    """Finish what is being written, also of a run that fails, whose error is then told."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            checkpoints.close()
+        with contextlib.suppress(Exception):
+            writes.close()
         raise
-    checkpoints.close()
+    writes.close()
 
 
 def _train(
-    settings: Settings, workdir: pathlib.Path, mesh: Any, checkpoints: Checkpoints, notice: Notice
+    settings: Settings,
+    workdir: Path,
+    mesh: Any,
+    checkpoints: Checkpoints,
+    notice: Notice,
+    check_lock: Callable[[], None],
 ) -> dict[str, np.ndarray]:
     planner, total = settings.planner, settings.config.iterations
     parts, collector, held_out, state = _set_up(settings, mesh)
     fresh = checkpoints.latest is None
     state, planned, upcoming, before = _begin(state, parts, collector, held_out, workdir, checkpoints)
-    writer, after = metrics.MetricWriter(workdir, None if fresh else planned.iteration), None
+    writer, after = metrics.MetricWriter(workdir, None if fresh else planned.iteration, check_lock), None
+    checkpoints.before += [check_lock, writer.flush]
     if fresh and before:
         writer.write(0, metrics.means("held_out", before.scores))
 
+    kept: Any = checkpoints.restore_samples if isinstance(settings.select, Replay) and not fresh else None
     last: Finished | None = None  # what can be saved, if it is not yet
     norms: collections.deque[float] = collections.deque(maxlen=50)  # of the last gradients
     timer = metrics.PhaseTimer()
     iterations = range(planned.iteration, total)
     progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
     profile = settings.profile
-    with notice.agreed(), _saving(checkpoints, notice, lambda: last):
+    with _closing(writer), notice.agreed(), _saving(checkpoints, notice, lambda: last):
         for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
             done = iteration + 1
 
@@ -110,7 +119,8 @@ def _train(
 
             with timer("reward"):
                 scores = collector.score(drawn, waiting=functools.partial(_keep, checkpoints, notice, last))
-                lesson = collector.learn(drawn, scores)
+                lesson = collector.learn(drawn, scores, kept)
+                kept = lesson.kept
             notice.agree()
 
             with notice.held():  # the update takes the last state's buffers over
@@ -129,7 +139,7 @@ def _train(
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
                     line |= metrics.means("held_out", after.scores)
-                last = finished(done, state, host_state(planned), upcoming and upcoming.sampled, line)
+                last = finished(done, state, host_state(planned), upcoming.sampled if upcoming else kept, line)
                 line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
                 writer.write(done, line)  # before the save: a run that goes on from it has the line
                 progress.set_postfix(metrics.brief(line))
@@ -200,7 +210,7 @@ def _begin(
     parts: Parts,
     collector: Collector,
     held_out: HeldOut,
-    workdir: pathlib.Path,
+    workdir: Path,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, Any, Drawn | None, Assessment | None]:
     """The state of the policy and of the planner, samples that are drawn ahead, and the held-out scores of before.
@@ -240,7 +250,7 @@ def chosen_average(settings: Settings, state: TrainState) -> Any:
     return state.averages[settings.evaluation.average] if settings.evaluation.average else state.params
 
 
-def _report(workdir: pathlib.Path, held_out: HeldOut, before: Assessment | None, after: Assessment) -> None:
+def _report(workdir: Path, held_out: HeldOut, before: Assessment | None, after: Assessment) -> None:
     if distributed.is_first():
         shown = {"before": before, "after": after} if before else {"after": after}
         for when, assessment in shown.items():
@@ -351,6 +361,7 @@ def throughput(
 @distributed.joined()
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    compiler.keep_beside(_WORKDIR.value)
     train(_CONFIG.value, _WORKDIR.value)
 
 

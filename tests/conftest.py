@@ -70,5 +70,10 @@ def small_policy(tmp_path_factory):
     text = t5.t5_tiny(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
     configs = {"transformer": flux.flux_small(**sizes, pooled_projection_dim=32), "text_encoder_2": text}
     parts = Parts(FAMILY, configs, {"tokenizer_2": build_tokenizer()})
-    families.save(folder, parts, jax.tree.map(np.asarray, families.init(parts, jax.random.key(0))))
+    params = jax.tree.map(np.array, families.init(parts, jax.random.key(0)))
+    final = params["transformer"]["final_out"][
+        "kernel"
+    ]  # zero as made: it would hide what is learned
+    final += np.random.default_rng(0).normal(size=final.shape, scale=0.02)
+    families.save(folder, parts, params)
     return folder

@@ -52,8 +52,41 @@ def test_recipes_differ_from_their_task_in_the_method_only():
         for name in [name for name in RECIPES if not name.startswith(("flux", "quickstart", "signs", "scenes"))]:
             recipe = configs.load(name, HERE, on).to_dict()
             changed = {key for key in task if recipe[key] != task[key]}
-            method = {"plan", "sampler", "batch", "advantage", "objective", "terms"}
-            assert changed <= method | ({"averages"} if name == "nft" else set()), (name, on)
+            method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
+            method |= {"optimizer"} if recipe["optimizer"] == task["optimizer"] | {"mix": "min_norm"} else set()
+            method |= {"ratio_tolerance"} if name in ("grpo_guard", "gcpo") else set()
+            keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
+            rewards = {"rewards", "watched", "reward_options"} if changed & {"watched", "rewards"} else set()
+            assert changed <= method | rewards | ({"averages"} if keeps else set()), (name, on)
+            assert all(task[section].items() <= recipe[section].items() for section in ("rewards", "reward_options"))
+            assert set(task["watched"]) <= set(recipe["watched"]), (name, on)
+            assert task["averages"].items() <= recipe["averages"].items(), (name, on)
+
+
+# Of recipes of clean samples and of credit on FLUX.1-dev: the clip, and the places trained.
+PUBLISHED = dict(awm=(1.0, 4), vgrpo=(1e-2, 4), dgpo=(0.05, 4), dpo=(None, 3), apo=(None, 3), crd=(None, 3))
+PUBLISHED |= dict.fromkeys(("creflow", "marble", "omninft"), (None, 7))
+PUBLISHED |= dict.fromkeys(("gdpo", "dr_grpo", "slas", "poca", "otca", "vipo", "edit_grpo", "pec"), (1e-4, 4))
+PUBLISHED |= dict.fromkeys(("adagrpo", "reward_range"), (1e-4, 4))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_of_clean_samples_and_of_credit_resolve_on_a_released_model(name):
+    settings = configs.resolve(configs.load(name, HERE, "flux_dev"))
+    clip = getattr(settings.objective, "clip_high", getattr(settings.objective, "clip", None))
+    assert (clip, settings.planner.num_trained) == PUBLISHED[name]
+
+
+CLIPS = dict(grpo_guard=2e-6, flow_dppo=1e-5, tempflow=1e-4, pcpo=1e-4, rsm=1e-4, dancegrpo_extremes=1e-4)
+CLIPS |= dict(flash_grpo=1e-4, gcpo=5e-5, op_grpo=1e-4, tmpo=0.2, uni_tmpo=None)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_recipes_resolve_on_a_released_model_with_published_clips(name):
+    objective = configs.resolve(configs.load(name, HERE, "flux_dev")).objective
+    clip = getattr(objective, "clip_high", getattr(objective, "clip", None))
+    assert clip == (CLIPS[name] and pytest.approx(CLIPS[name]))
+    assert getattr(objective, "old_log_prob", "update") == "update"
 
 
 def test_published_settings():
@@ -136,6 +169,7 @@ def put(config, field, value):
         ("optimizer.b1", 1.0, "optimizer.b1=1.0: it must be at least 0 and below 1"),
         ("optimizer.b2", -0.1, "optimizer.b2=-0.1: it must be at least 0 and below 1"),
         ("optimizer.eps", 0.0, "optimizer.eps=0.0: it must be positive"),
+        ("optimizer.mix", "sum", "optimizer.mix='sum' is unknown; choose from min_norm, none"),
         ("optimizer.warmup", -1, "optimizer.warmup=-1: it must be at least 0"),
         ("optimizer.weight_decay", -1.0, "optimizer.weight_decay=-1.0: it must be at least 0"),
         ("evaluation.shift", -1.0, "evaluation.shift=-1.0: it must be at least 0"),
@@ -149,7 +183,7 @@ def put(config, field, value):
         ("evaluation.trained_steps", 21, r"evaluation.trained_steps=21 is not in 0..10"),
         ("data.name", "scene", "data.name='scene'.*choose from features, scenes, signs"),
         ("evaluation.solver", "rk4", "evaluation.solver='rk4'.*choose"),
-        ("objective.name", "nftt", "objective.name='nftt' is unknown; choose from grpo, nft"),
+        ("objective.name", "nftt", "objective.name='nftt' is unknown; choose from .*grpo, .*nft"),
         ("objective.name", "nowhere:Loss", "objective.name='nowhere:Loss': No module named 'nowhere'; write 'module:"),
     ],
 )
@@ -231,6 +265,14 @@ def test_a_plan_that_records_other_steps_than_the_objective_needs_is_refused(rec
     config.averages.old, config.batch.shared_noise = configs.average("old"), False
     config[section] = configs.choose(section, name)
     with pytest.raises(configs.ConfigError, match=rf"objective.name='\w+', plan.name='\w+': .*{message}"):
+        configs.resolve(config)
+
+
+def test_replayed_samples_need_an_objective_that_corrects_for_them():
+    config = configs.load("op_grpo", HERE)
+    assert configs.resolve(config).objective.old_log_prob == "update"
+    config.objective = configs.choose("objective", "grpo")
+    with pytest.raises(configs.ConfigError, match=r"select.name='replay', objective.name='grpo'.*op_grpo"):
         configs.resolve(config)
 
 
@@ -317,7 +359,7 @@ def test_a_renamed_field_says_where_it_is(old, new):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: configs.choose("objective", "ntf"), "objective.name='ntf' is unknown; choose from grpo, nft"),
+        (lambda: configs.choose("objective", "ntf"), "objective.name='ntf' is unknown; choose from .*grpo, .*nft"),
         (lambda: configs.choose("plan", "windw"), "plan.name='windw' is unknown; choose from .*window"),
         (
             lambda: configs.choose("objective", "nft", bta=0.1),

@@ -80,8 +80,13 @@ def test_a_run_that_is_told_to_stop_saves_what_is_finished_and_goes_on(
     assert [line["iteration"] for line in lines(tmp_path)] == list(range(saved + 1))
     train.train(config, tmp_path)
     assert f"Resumed at iteration {saved}" in capfd.readouterr().out
-    assert lines(tmp_path) == lines(straight)
+    assert uncounted(tmp_path) == uncounted(straight)
     jax.tree.map(np.testing.assert_array_equal, tree_of(tmp_path), tree_of(straight))
+
+
+def uncounted(workdir):
+    """The log without compilations: a run that finds its samples in the checkpoint may have no rollout to compile."""
+    return [{name: value for name, value in line.items() if name != "compilations"} for line in lines(workdir)]
 
 
 def tree_of(workdir):

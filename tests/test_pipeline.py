@@ -133,7 +133,7 @@ def encode_signs(folder, target):
         encode(folder, str(path), target, split=split, max_length=LENGTH, batch=2)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_trained_on_cached_features_and_exported_to_diffusers(pipeline, folder, tmp_path, rank):
     encode_signs(folder, tmp_path / "features")
     config = settings(folder)

@@ -10,10 +10,10 @@ import functools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mixgrpo_jax.models.io.weights import read_json, read_safetensors, write_safetensors
+from mixgrpo_jax.runtime.files import Path, place, replaced, size
 
 NAME, FORMAT = "features", "array_record"
 PADDING = ("keep", "drop")
@@ -111,17 +112,18 @@ class Split:
     def path(self, shard: int) -> Path:
         """File of a shard."""
         count = len(self.manifest.shards)
-        return Path(self.template.sharded_filepath(shard_index=shard, num_shards=count))
+        return place(self.template.sharded_filepath(shard_index=shard, num_shards=count))
 
     def missing(self) -> list[int]:
         """Shards that are yet to be written."""
-        return [shard for shard in range(len(self.manifest.shards)) if not self.path(shard).exists()]
+        there = {path.name for path in self.folder.glob(f"{NAME}-{self.name}.*")}  # one look at a bucket
+        return [shard for shard in range(len(self.manifest.shards)) if self.path(shard).name not in there]
 
     def info(self) -> tfds.core.SplitInfo:
         """What TFDS needs to know of a complete split."""
         lengths = [len(shard) for shard in self.manifest.shards]
-        size = sum(self.path(shard).stat().st_size for shard in range(len(lengths)))
-        return tfds.core.SplitInfo(self.name, lengths, size, self.template)
+        num_bytes = sum(size(self.path(shard)) for shard in range(len(lengths)))
+        return tfds.core.SplitInfo(self.name, lengths, num_bytes, self.template)
 
     def check(self) -> None:
         """Raise ValueError, naming the field, if the folder holds what this split cannot be added to.
@@ -140,28 +142,25 @@ class Split:
     def begin(self) -> None:
         """Make the folder, and put the manifest down."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            draft = Path(scratch, "manifest")
+        with replaced(self.manifest_path) as draft:
             draft.write_text(json.dumps(dataclasses.asdict(self.manifest), indent=2))
-            draft.replace(self.manifest_path)
 
     def write(self, shard: int, elements: Iterable[dict[str, Any]]) -> None:
         """Write a shard's elements, as `load` gives them, to a file that appears whole or not at all.
 
         What they share is written with the first shard.
         """
-        path, record = self.path(shard), self.manifest.record
-        draft = path.with_name(f"{path.name}.part")
-        with contextlib.ExitStack() as stack:
-            stack.callback(draft.unlink, missing_ok=True)
-            # Elements are read one by one in any order, and bfloat16 features hardly compress.
-            with contextlib.closing(ArrayRecordWriter(str(draft), "group_size:1,uncompressed")) as writer:
-                for element in elements:
-                    shared = {name: a for name, a in element["features"].items() if name not in OWN}
-                    if shared and shard == 0 and not self.shared.exists():
-                        write_safetensors(self.shared, shared)
-                    writer.write(record.serialize_example(_encode(element, self.manifest)))
-            draft.rename(path)
+        record = self.manifest.record
+        # Elements are read one by one in any order, and bfloat16 features hardly compress.
+        with (
+            replaced(self.path(shard)) as draft,
+            contextlib.closing(ArrayRecordWriter(str(draft), "group_size:1,uncompressed")) as writer,
+        ):
+            for element in elements:
+                shared = {name: a for name, a in element["features"].items() if name not in OWN}
+                if shared and shard == 0 and not self.shared.exists():
+                    write_safetensors(self.shared, shared)
+                writer.write(record.serialize_example(_encode(element, self.manifest)))
 
     def finish(self) -> None:
         """Describe the folder's complete splits to TFDS."""
@@ -172,10 +171,11 @@ class Split:
         info.set_file_format(FORMAT)
         complete = [split.info() for split in splits(self.folder) if not split.missing()]
         info.set_splits(tfds.core.SplitDict(complete))
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             info.write_to_directory(scratch)
             for name in ("features.json", "dataset_info.json"):
-                Path(scratch, name).replace(self.folder / name)
+                with replaced(self.folder / name) as draft:
+                    shutil.copyfile(os.path.join(scratch, name), draft)
 
 
 def splits(folder: Path) -> list[Split]:
@@ -201,7 +201,7 @@ def load(split: str, folder: str | os.PathLike) -> grain.MapDataset:
     [max_length, D]) and `pooled` (bfloat16 [C]), and what all prompts share. Where padding was dropped, zeros stand in
     its place.
     """
-    folder = Path(folder).expanduser()
+    folder = place(folder).expanduser()
     if not (folder / "dataset_info.json").is_file():
         raise ValueError(
             f"data.folder={str(folder)!r} holds no finished split of features: "

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixgrpo_jax.config import Settings
-from mixgrpo_jax.engine.programs import make_programs
+from mixgrpo_jax.engine.programs import Programs, group_places, make_programs
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.trainable import trainable_shapes
 from mixgrpo_jax.rewards.scoring import sketch
-from mixgrpo_jax.rl.select import All
+from mixgrpo_jax.rl import replay
+from mixgrpo_jax.rl.select import All, Replay
 from mixgrpo_jax.rl.update import Batch
 from mixgrpo_jax.runtime import mesh as meshes
 
@@ -66,7 +67,9 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
         scored = {name: model.lower(share, config.model.image_size, host) for name, model in models.items()}
         phases |= {name: program for name, (program, _) in scored.items()}
     with jax.set_mesh(mesh):
-        phases["update"] = programs.update.lower(state, trainable.base, *_lesson(settings, sampled, cond, plan))
+        phases["update"] = programs.update.lower(
+            state, trainable.base, *_lesson(settings, programs, mesh, sampled, cond, plan)
+        )
     size = meshes.bytes_per_device
     resident = {"parameters": size(state.params), "optimiser, EMA": size(state) - size(state.params)}
     encoders = {name: tree for name, tree in params.items() if name.startswith("text")}
@@ -76,18 +79,32 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
     return phases, resident
 
 
-def _lesson(settings: Settings, sampled: Rollout, cond: Any, plan: Plan) -> tuple[Batch, Plan, np.ndarray | None]:
+def _lesson(
+    settings: Settings, programs: Programs, mesh: Any, sampled: Rollout, cond: Any, plan: Plan
+) -> tuple[Batch, Plan, np.ndarray | None]:
     """What an update is given, as `collect.Collector.learn` has it."""
     count, needs, batch = settings.samples, settings.objective.needs, settings.batch
     gradient: Any = jax.ShapeDtypeStruct((1, *sampled.x0.shape), np.float32)
+    extra = {"reward_grad": gradient} if "reward_grad" in needs else {}
+    if "map" in needs:
+        extra["map"] = np.zeros((1, *sampled.x0.shape[:2]), np.float32)
+    if settings.optimizer.mix != "none":
+        extra["by_reward"] = np.zeros((1, count, settings.gradients), np.float32)
     given = Batch(
         x0=sampled.x0 if "x0" in needs else None,
         rows=sampled.rows if needs & {"rows", "ode_row"} else (),
         advantage=np.zeros((1, count, 1), np.float32),
         weight=np.ones(count, np.float32),
         cond=cond,
-        extra={"reward_grad": gradient} if "reward_grad" in needs else {},
+        extra=extra,
     )
+    if isinstance(settings.select, Replay):
+        first = replay.positions(np.arange(settings.select.capacity) % batch.prompts, batch.group)
+        kept = jax.eval_shape(programs.keep, given, plan, first)
+        groups = jax.eval_shape(programs.join, given, plan, *kept)
+        return *meshes.placed(groups, group_places(mesh, *groups)), replay.positions(
+            np.arange(batch.prompts), batch.group
+        )
     index, _ = settings.select(np.zeros((batch.prompts, batch.group)))
     return given, plan, None if isinstance(settings.select, All) else index
 

@@ -19,8 +19,11 @@ from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
-from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.rl.select import All
+from mixgrpo_jax.rewards.scoring import of_groups, score_chunks
+from mixgrpo_jax.rl import replay
+from mixgrpo_jax.rl.credit import Seen, map_of, shares
+from mixgrpo_jax.rl.replay import Kept
+from mixgrpo_jax.rl.select import All, Replay
 from mixgrpo_jax.rl.update import Batch, TrainState
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
@@ -42,6 +45,7 @@ class Lesson(NamedTuple):
 
     advantage: np.ndarray
     given: tuple[Batch, Plan, np.ndarray | None]  # the positions [P', G'] of what is trained on; None is all
+    kept: Kept | None = None  # groups that later iterations may train on again
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,28 +97,70 @@ class Collector:
         """
         share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
         score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
-        return distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        return of_groups(self.rewards, scores, self.group)
 
-    def learn(self, drawn: Drawn, scores: Mapping[str, Score]) -> Lesson:
-        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score."""
+    def learn(
+        self, drawn: Drawn, scores: Mapping[str, Score], kept: Kept | Callable[[Any], Any] | None = None
+    ) -> Lesson:
+        """Advantages, and which samples are trained on with them; NaN, and not one, where there is no score.
+
+        `kept` are the groups of earlier iterations, where the selection replays them, or what restores them.
+        """
         settings, sampled = self.settings, drawn.sampled
         values = {name: score.value for name, score in scores.items()}
         advantage = settings.advantage.of_samples(values, self.group, settings.rewards)
         by_group = advantage.reshape(settings.batch.prompts, -1)  # a group stands in a row
-        index, weight = settings.select(by_group)
+        share = shares(settings.rewards)
+        reward = np.sum([share[name] * values[name] for name in share], axis=0).reshape(by_group.shape)
+        index, weight = settings.select(by_group, reward)
         everything = np.zeros(settings.samples, np.float32)
         everything[index] = weight * ~np.isnan(advantage)[index]
-        needs = settings.objective.needs
+        needs, parts = settings.objective.needs, settings.advantage.of_rewards(values, self.group, settings.rewards)
+        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens)
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,
             rows=sampled.rows if needs & {"rows", "ode_row"} else (),
-            advantage=settings.advantage.over_places(advantage, scores, settings.rewards, sampled),
+            advantage=settings.advantage.over_places(advantage, scores, settings.rewards, seen),
             weight=everything,
             cond=drawn.cond,
-            extra={"reward_grad": self._reward_grad(drawn)[None]} if "reward_grad" in needs else {},
+            extra=self._extra(drawn, scores, parts),
         )
         plan = meshes.everywhere(drawn.plan, self.mesh)
+        if isinstance(settings.select, Replay):
+            return Lesson(advantage, *self._replayed(settings.select, batch, plan, reward, kept))
         return Lesson(advantage, (batch, plan, None if isinstance(settings.select, All) else index))
+
+    def _extra(self, drawn: Drawn, scores: Mapping[str, Score], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What else of the samples the objective and the optimiser ask for, [1, B, ...]."""
+        settings, extra = self.settings, {}
+        if "reward_grad" in settings.objective.needs:
+            extra["reward_grad"] = self._reward_grad(drawn)[None]
+        if "map" in settings.objective.needs:
+            found = map_of(scores, shares(settings.rewards), settings.advantage)
+            extra["map"] = np.nan_to_num(found, nan=0.0).astype(np.float32)[None]
+        if settings.optimizer.mix != "none":
+            extra["by_reward"] = np.nan_to_num(np.stack(list(parts.values()), axis=-1))[None]
+        return extra
+
+    def _replayed(
+        self, select: Replay, batch: Batch, plan: Plan, reward: np.ndarray, kept: Any
+    ) -> tuple[tuple[Batch, Plan, np.ndarray], Kept]:
+        """Fresh groups and kept ones with the positions of those that are trained on, and what is kept now."""
+        prompts, group = self.settings.batch.prompts, self.settings.batch.group
+        if not isinstance(kept, Kept):  # none yet: what stands there has no value
+            first = replay.positions(np.arange(select.capacity) % prompts, group)
+            none = meshes.everywhere(np.full(select.capacity, -np.inf, np.float32), self.mesh)
+            groups, of_groups = self.programs.keep(batch, plan, first)
+            fresh = Kept(groups, of_groups, none)
+            kept = kept(fresh) if kept else fresh
+        value, before = replay.value_of(reward), np.asarray(kept.value)
+        chosen, left = select.exchange(value, before)
+        batch, plan = self.programs.join(batch, plan, kept.batch, kept.plan)
+        values_left = np.where(np.isin(left, chosen[chosen >= prompts]), -np.inf, np.concatenate([value, before])[left])
+        given = batch, plan, replay.positions(chosen, group)
+        groups, of_groups = self.programs.keep(batch, plan, replay.positions(left, group))
+        return given, Kept(groups, of_groups, meshes.everywhere(values_left.astype(np.float32), self.mesh))
 
     def counts(self, drawn: Drawn, learned: Mapping[str, np.ndarray]) -> dict[str, int]:
         """An iteration's evaluations of the model in samples, and the programs compiled so far."""

@@ -1,7 +1,7 @@
 """How a policy does on prompts that it is not trained on."""
 
 import functools
-import pathlib
+import os
 import sys
 import zipfile
 import zlib
@@ -20,7 +20,7 @@ from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
 from mixgrpo_jax.runtime import compiler, distributed
-from mixgrpo_jax.runtime.files import replaced
+from mixgrpo_jax.runtime.files import place, replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
@@ -54,17 +54,17 @@ class Assessment(NamedTuple):
     images: np.ndarray
     scores: dict[str, np.ndarray]
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write both to a .npz file, whole."""
         arrays: dict[str, Any] = {"images": self.images, **self.scores}
         with replaced(path) as temporary:
             np.savez_compressed(temporary, **arrays)
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> "Assessment | None":
+    def load(cls, path: str | os.PathLike) -> "Assessment | None":
         """Read what `save` wrote; None, with a warning, where it is not there or broken."""
         try:
-            with np.load(path) as file:
+            with place(path).open("rb") as opened, np.load(opened) as file:
                 scores = {name: file[name] for name in file.files}
             return cls(scores.pop("images"), scores)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

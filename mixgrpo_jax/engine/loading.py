@@ -1,6 +1,6 @@
 """A config's policy on a mesh, and what a run has trained of it."""
 
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mixgrpo_jax.config import Settings
+from mixgrpo_jax.config import ConfigError, Settings
 from mixgrpo_jax.engine.workdir import check
 from mixgrpo_jax.models import families, lora_files
 from mixgrpo_jax.models.families import Parts
@@ -22,6 +22,14 @@ from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.update import TrainState
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
+
+
+def mesh_of(settings: Settings) -> Any:
+    """The config's mesh over all devices. Raises ConfigError where it does not fill them."""
+    try:
+        return meshes.make_mesh(settings.config.mesh, samples=settings.update_samples)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_policy(
@@ -163,7 +171,7 @@ def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
 
 
 def restore_trained(
-    settings: Settings, parts: Parts, workdir: str | pathlib.Path, trained: Any, base: bool = False
+    settings: Settings, parts: Parts, workdir: str | os.PathLike, trained: Any, base: bool = False
 ) -> tuple[Any, str]:
     """Trained parameters (an average or raw) from the newest checkpoint of workdir; and where from, in words.
 

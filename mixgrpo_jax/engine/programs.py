@@ -16,16 +16,17 @@ from jax import Array
 
 from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
 from mixgrpo_jax.flow import plans
-from mixgrpo_jax.flow.plans import Layout
+from mixgrpo_jax.flow.plans import Layout, Plan
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts, Rules
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.trainable import Trainable, attachment, trainable_shapes
-from mixgrpo_jax.rl import select
+from mixgrpo_jax.rl import replay, select
+from mixgrpo_jax.rl.marble import mix
 from mixgrpo_jax.rl.samples import Roles, Tools
 from mixgrpo_jax.rl.terms import make_terms
-from mixgrpo_jax.rl.update import MakeRoles, TrainState, init_state, make_update
+from mixgrpo_jax.rl.update import Batch, MakeRoles, TrainState, init_state, make_update
 from mixgrpo_jax.runtime import chips, compiler
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.metrics import compilations
@@ -39,6 +40,8 @@ class Programs(NamedTuple):
     features: Any  # frozen, tokens -> cond
     rollout: Any  # trained, frozen, plan, cond, key -> Rollout
     decode: Any  # frozen, x0 [B, S, C], k -> images [b, H, W, 3] uint8 of the samples chunks[k]
+    join: Any  # Batch, Plan, Batch, Plan -> those of all their groups
+    keep: Any  # Batch, Plan, positions [K, G] -> those of some groups
     update: Any  # TrainState, base, Batch, plan, chosen [P', G'] -> TrainState, metrics
     chunks: np.ndarray  # [n, b]: the samples that are decoded at a time
     places: Rollout  # shardings of a rollout
@@ -73,6 +76,8 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
             functools.partial(_decode, policy, len(chunks), meshes.batch_ways(mesh)),
             out_shardings=meshes.batch_sharding(mesh, chunks.shape[1]),
         ),
+        join=jit(functools.partial(_laid, mesh, replay.join)),
+        keep=jit(functools.partial(_laid, mesh, functools.partial(replay.keep, group=settings.batch.group))),
         # The state must leave as it came: in another layout, it would compile both programs again.
         update=jit(
             _make_update(settings, parts, policy, trainable.attach, meshes.batch_ways(mesh)),
@@ -83,6 +88,22 @@ def make_programs(settings: Settings, parts: Parts, trainable: Trainable, mesh: 
         places=sampled,
         compiled=compilations("draw_samples", "update_policy"),
     )
+
+
+def group_places(mesh: Any, batch: Batch, plan: Plan) -> tuple[Any, Any]:
+    """Shardings of whole groups that an update is given: samples over the batch axes."""
+
+    def place(axis: int) -> Callable[[Any], Any]:
+        return lambda a: meshes.batch_sharding(mesh, a.shape[axis], axis)
+
+    fields = (jax.tree.map(place(axis), field) for axis, field in zip(replay.AXES, batch))
+    return Batch(*fields), jax.tree.map(lambda a: meshes.replicated(mesh), plan)
+
+
+def _laid(mesh: Any, made: Callable, *given: Any) -> tuple[Batch, Plan]:
+    """Groups that a function makes, laid out as those that it made before."""
+    groups = made(*given)
+    return jax.lax.with_sharding_constraint(groups, group_places(mesh, *groups))
 
 
 def idle(settings: Settings, mesh: Any) -> list[str]:
@@ -257,7 +278,8 @@ def fit(settings: Settings, parts: Parts, mesh: Any) -> Settings:
     remat, at_most = "block", settings.batch.micro_batch
     if memory := _memory(settings, parts, mesh):
         gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), memory.trained)
-        left = memory.left - 2 * memory.held(gradients) - _bytes(_blocks(gradients))
+        apart = settings.gradients if settings.gradients > 1 else 0  # each reward's is kept until they are mixed
+        left = memory.left - (2 + apart) * memory.held(gradients) - _bytes(_blocks(gradients))
         activations = 5 * _positions(settings, parts, mesh) * memory.position
         for remat in ("dots", "attention", "block"):
             kept = _kept(settings, parts, memory, remat) / mesh.shape["context"]
@@ -341,8 +363,9 @@ def make_roles(settings: Settings, velocity: Callable, attach: Any) -> MakeRoles
 
 
 def _optimiser(settings: Settings, parts: Parts) -> optax.GradientTransformation:
+    updates = settings.config.iterations * settings.batch.updates
     fixed = "" if settings.model.lora.rank else parts.family.fixed
-    return make_optimiser(settings.optimizer, settings.config.iterations * settings.batch.updates, fixed)
+    return make_optimiser(settings.optimizer, updates, settings.gradients, fixed)
 
 
 def _fresh(settings: Settings, parts: Parts) -> Callable[[Any], TrainState]:
@@ -369,8 +392,11 @@ def _make_update(settings: Settings, parts: Parts, policy: Policy, attach: Any, 
     return update_policy
 
 
-def make_optimiser(options: Optimizer, num_updates: int, fixed: str = "") -> optax.GradientTransformation:
+def make_optimiser(
+    options: Optimizer, num_updates: int, rewards: int = 1, fixed: str = ""
+) -> optax.GradientTransformation:
     """AdamW or Adafactor behind gradient-norm clipping; the rate warms up, and falls until the last update, linearly.
+    With `mix`, gradients have a leading axis of so many rewards.
 
     Parameters in whose paths the regex `fixed` is found have no gradient; they get no moments, and do not decay.
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
@@ -388,10 +414,11 @@ def make_optimiser(options: Optimizer, num_updates: int, fixed: str = "") -> opt
         )
     else:
         step = optax.adamw(schedule, options.b1, options.b2, options.eps, weight_decay=options.weight_decay)
+    mixed = [mix(rewards, options.mix_decay)] if options.mix != "none" else []
     if fixed:
 
         def moves(path: Any, leaf: Any) -> bool:
             return not re.search(fixed, jax.tree_util.keystr(path, simple=True, separator="/"))
 
         step = optax.masked(step, functools.partial(jax.tree_util.tree_map_with_path, moves))
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
+    return optax.chain(*mixed, optax.clip_by_global_norm(options.max_grad_norm), step)

@@ -1,6 +1,7 @@
 """A run's workdir and the config at hand: whether they belong together, and what has changed."""
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.models import families
 from mixgrpo_jax.runtime import distributed
-from mixgrpo_jax.runtime.files import replaced
+from mixgrpo_jax.runtime.files import Path, append, place, replaced
 
 CONFIG, HISTORY = "config.json", "history.jsonl"
 RECIPE = pathlib.Path(__file__).with_name("recorded.py")  # a config's file that gives a workdir's own
@@ -26,7 +27,7 @@ LATER = {"model.lora.init_from": "", "plan.spacing": "trailing"}  # what the fir
 NAMED = ("rewards", "reward_options", "averages", "terms", "plan", "objective", "select", "model.lora")  # may lack some
 
 
-def check(config: Any, workdir: str | pathlib.Path, *, reads: bool = False) -> dict[str, list]:
+def check(config: Any, workdir: str | os.PathLike, *, reads: bool = False) -> dict[str, list]:
     """What a config changes of the run in a workdir, {field: [the run's, the config's]}; said, on process 0.
 
     A run keeps what `KEPT` names; a command that only `reads` what was trained, `MODEL`. A workdir without config.json
@@ -35,7 +36,7 @@ def check(config: Any, workdir: str | pathlib.Path, *, reads: bool = False) -> d
     Raises:
         ConfigError: one of these fields differs; it names both values and the remedy.
     """
-    file = pathlib.Path(workdir) / CONFIG
+    file = place(workdir) / CONFIG
     if not file.is_file():
         return {}
     recorded = LATER | dict(_fields(_read(file)))
@@ -58,21 +59,20 @@ def check(config: Any, workdir: str | pathlib.Path, *, reads: bool = False) -> d
     return changed
 
 
-def record(config: Any, workdir: str | pathlib.Path, changed: Mapping[str, list] | None = None, at: int = 0) -> None:
+def record(config: Any, workdir: str | os.PathLike, changed: Mapping[str, list] | None = None, at: int = 0) -> None:
     """Write the config of a run; what has changed of it since, at so many iterations, goes to its history."""
-    workdir = pathlib.Path(workdir)
+    workdir = place(workdir)
     if not distributed.is_first():
         return
     if changed:
-        with (workdir / HISTORY).open("a") as file:
-            file.write(json.dumps({"iteration": at, "changed": changed}) + "\n")
+        append(workdir / HISTORY, json.dumps({"iteration": at, "changed": changed}))
     with replaced(workdir / CONFIG) as path:
         path.write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
-def recorded(workdir: str | pathlib.Path) -> configs.Section:
+def recorded(workdir: str | os.PathLike) -> configs.Section:
     """The config of the run in a workdir. Raises ConfigError where there is none."""
-    file = pathlib.Path(workdir) / CONFIG
+    file = place(workdir) / CONFIG
     if not file.is_file():
         raise configs.ConfigError(
             f"workdir={str(workdir)!r} holds no {CONFIG}, and no run: give a run's, or a --config"
@@ -93,7 +93,7 @@ def with_own_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={RECIPE}:{folders[-1]}", *argv[1:]] if folders else argv
 
 
-def _read(file: pathlib.Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
     except ValueError as error:

@@ -88,6 +88,12 @@ def dance_sde(x, v, sigma, sigma_next, eta, sigma_max):
 
 
 @kernel
+def linear_sde(x, v, sigma, sigma_next, eta, sigma_max):
+    """Euler-Maruyama step of the SDE with diffusion `g = eta sigma`, as Flow-GRPO and Flash-GRPO have it for Wan."""
+    return _euler_maruyama(x, v, sigma, sigma_next, eta * sigma)
+
+
+@kernel
 def cps(x, v, sigma, sigma_next, eta, sigma_max):
     """Coefficients-preserving sampling (FlowCPS): `rho = cos(eta pi / 2)`, eta in [0, 1], the same at every step."""
     angle = eta * (math.pi / 2)
@@ -121,6 +127,7 @@ def dance_precise(x, v, sigma, sigma_next, eta, sigma_max):
 KERNELS: dict[str, Kernel] = {
     "flow": flow_sde,
     "dance": dance_sde,
+    "linear": linear_sde,
     "cps": cps,
     "precise": precise,
     "dance_precise": dance_precise,

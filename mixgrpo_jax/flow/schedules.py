@@ -79,7 +79,7 @@ def _times(start: float, num_steps: int, shift: float, spacing: str) -> np.ndarr
     """t of num_steps from start to 0."""
     if spacing == "trailing":
         return np.linspace(start, 0.0, num_steps + 1)
-    return np.append(np.linspace(start, _shifted(np.float64(1 / TRAIN_STEPS), shift), num_steps), 0.0)
+    return np.append(np.linspace(start, float(_shifted(np.asarray(1 / TRAIN_STEPS), shift)), num_steps), 0.0)
 
 
 def _shifted(t: np.ndarray, shift: float) -> np.ndarray:

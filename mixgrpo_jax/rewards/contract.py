@@ -16,10 +16,12 @@ class Score(NamedTuple):
 
     value: [B]; larger is better.
     map: None, or [B, S]: how much of the value each of the S latent positions earned, for spatial credit.
+    features: None, or [B, D]: what the reward's `of_group` makes the value of, once it sees whole groups.
     """
 
     value: Any
     map: Any = None
+    features: Any = None
 
 
 class Missing(NamedTuple):
@@ -30,18 +32,19 @@ class Missing(NamedTuple):
 
 
 class Incomplete(NamedTuple):
-    """A `Score` of some images: those in `missing`, by position, have none, whatever stands in value and map."""
+    """A `Score` of some images: those in `missing`, by position, have none, whatever stands in its arrays."""
 
     value: Any
     missing: Mapping[int, Missing]
     map: Any = None
+    features: Any = None
 
 
 def as_incomplete(given: Array | Score | Incomplete) -> Incomplete:
     """What a reward returned, and which images are missing of it."""
     if isinstance(given, Incomplete):
         return given
-    return Incomplete(given.value, {}, given.map) if isinstance(given, Score) else Incomplete(given, {})
+    return Incomplete(given.value, {}, *given[1:]) if isinstance(given, Score) else Incomplete(given, {})
 
 
 @runtime_checkable
@@ -72,11 +75,14 @@ class Reward:
             the dict that came with it from the data; scores are float32 [B], a `Score`, or an `Incomplete`, where some
             images may be left out. It may raise: a run stops rather than learn from a made-up score. Scores that are
             not finite are refused by `score_all`.
+        of_group: None, or `(features [B, D], group [B]) -> values [B]` on the host, of rewards that compare the images
+            of a prompt; where there is no group, the score's own value stands.
     """
 
     name: str
     where: Literal["device", "host"]
     score: Callable[[Images, list[str], list[dict]], Array | Score | Incomplete]
+    of_group: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @property
     def differentiable(self) -> Differentiable | None:

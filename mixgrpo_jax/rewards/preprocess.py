@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Of the pictures in [0, 1] that CLIP was trained on; BLIP took them over.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,6 +55,13 @@ def preprocess(
     top, left = (height - size) // 2, (width - size) // 2
     x = x[:, top : top + size, left : left + size]
     return (x / 255 - jnp.array(mean)) / jnp.array(std)
+
+
+def pooled(pictures: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
+    """Means over the cells of pictures [B, H, W], row by row, over the largest of each picture: [B, S] in [0, 1]."""
+    b, h, w = pictures.shape
+    cells = pictures.reshape(b, h // cell[0], cell[0], w // cell[1], cell[1]).mean((2, 4)).reshape(b, -1)
+    return cells / np.maximum(cells.max(1, keepdims=True), 1e-6)
 
 
 def _target(height: int, width: int, size: int, resize: str) -> tuple[int, int]:

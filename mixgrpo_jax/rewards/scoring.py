@@ -183,26 +183,46 @@ def _completed(
         array[rows] = new
         return array
 
-    maps = None if score.map is None else filled(score.map, again.map)
-    return Incomplete(filled(score.value, again.value), missing, maps)
+    rest = (None if old is None else filled(old, new) for old, new in zip(score[2:], again[2:]))
+    return Incomplete(filled(score.value, again.value), missing, *rest)
 
 
 def _joined(name: str, scores: Sequence[Incomplete], asked: Sequence[list[str]]) -> Score:
     """A reward's scores of all chunks, checked."""
     values = [_value(name, score.value, prompts) for score, prompts in zip(scores, asked)]
-    maps = [_map(name, score.map, prompts) for score, prompts in zip(scores, asked) if score.map is not None]
-    positions = {each.shape[1] for each in maps}
-    if len(maps) not in (0, len(values)) or len(positions) > 1:
-        raise ValueError(
-            f"reward {name!r} gave {len(maps)} maps for {len(values)} chunks of images, of {sorted(positions)} "
-            "positions: return a map for all images, or for none, of as many positions each time"
-        )
+    rows = [_rows(name, what, scores, asked) for what in ("map", "features")]
     everything = [prompt for prompts in asked for prompt in prompts]
     there = np.array([i not in score.missing for score, prompts in zip(scores, asked) for i in range(len(prompts))])
     return Score(
         _finite(name, np.concatenate(values), everything, there),
-        _finite(name, np.concatenate(maps), everything, there) if maps else None,
+        *(_finite(name, np.concatenate(each), everything, there) if each else None for each in rows),
     )
+
+
+def _rows(name: str, what: str, scores: Sequence[Incomplete], asked: Sequence[list[str]]) -> list[np.ndarray]:
+    """The maps, or the features, of all chunks, or of none."""
+    given = [(getattr(score, what), prompts) for score, prompts in zip(scores, asked)]
+    arrays = [_map(name, array, prompts) for array, prompts in given if array is not None]
+    sizes = {each.shape[1] for each in arrays}
+    if len(arrays) not in (0, len(scores)) or len(sizes) > 1:
+        raise ValueError(
+            f"reward {name!r} gave {len(arrays)} {what.removesuffix('s')}s for {len(scores)} chunks of images, of "
+            f"{sorted(sizes)} positions: return a {what.removesuffix('s')} for all images, or for none, of as many "
+            "positions each time"
+        )
+    return arrays
+
+
+def of_groups(rewards: Sequence[Reward], scores: Mapping[str, Score], group: np.ndarray) -> dict[str, Score]:
+    """Scores of the samples [B] of whole groups, where rewards that compare them have done so; NaN stays."""
+    compared = {reward.name: reward.of_group for reward in rewards if reward.of_group is not None}
+    result = dict(scores)
+    for name, function in compared.items():
+        there = ~np.isnan(scores[name].value)
+        value = np.full(len(there), np.nan, np.float32)
+        value[there] = function(np.asarray(scores[name].features)[there], np.asarray(group)[there])
+        result[name] = scores[name]._replace(value=value)
+    return result
 
 
 def _value(name: str, value: Array, prompts: list[str]) -> np.ndarray:

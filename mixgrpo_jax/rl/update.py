@@ -27,7 +27,8 @@ class Batch(NamedTuple):
     """An iteration's B samples, in which a group stands in a row, and what they are trained with.
 
     x0: [B, S, C] or None. rows: of each recorded segment, or none. What the objective does not need may be absent.
-    advantage: [n or 1, B, S or 1]. weight: [B]. cond: pytree with leading axis P. extra: arrays [n or 1, B, ...].
+    advantage: [n or 1, B, S or 1]. weight: [B]. cond: pytree with leading axis P. extra: arrays [n or 1, B, ...];
+    with "by_reward", [1, B, K], each reward has a gradient of its own, which the optimiser mixes, see `rl.marble`.
     """
 
     x0: Any
@@ -204,8 +205,13 @@ def make_update(
                 elements = (index.T.reshape(1, -1) if of_group else index), jnp.zeros(1 if of_group else len(index))
             else:
                 elements = jnp.repeat(index, places, axis=0), jnp.tile(jnp.arange(places), len(index))
-            given = params, state.averages, frozen, batch, plan, keys, elements
-            total, (sums, weight, evaluations) = total_of(*given, jnp.int32(0))
+
+            def accumulated(batch: Batch) -> Any:
+                return total_of(params, state.averages, frozen, batch, plan, keys, elements, jnp.int32(0))
+
+            apart = "by_reward" in batch.extra
+            added = _by_reward(accumulated, batch, objective) if apart else accumulated(batch)
+            total, (sums, weight, evaluations) = added
             each = 1 if spans else places
             weight = weight[::each].sum()  # every place has the same
             weight = jnp.where(weight > 0, weight, 1)
@@ -219,6 +225,9 @@ def make_update(
                 for name, m in sums.items()
             }
             metrics["grad_norm"], metrics["param_norm"] = optax.global_norm(gradients), _norm(params)
+            if apart:
+                shares = optax.tree_utils.tree_get(opt_state, "share")
+                metrics |= {f"share/{k}": share for k, share in enumerate(shares)}
             return TrainState(params, opt_state, moved, state.step + 1), (metrics, evaluations.sum(0))
 
         state, (metrics, evaluations) = lax.scan(apply, state, index)
@@ -228,6 +237,15 @@ def make_update(
         return state._replace(averages=moved), metrics
 
     return update
+
+
+def _by_reward(accumulated: Callable[[Batch], Any], batch: Batch, objective: Objective) -> Any:
+    """Sums of the samples with the advantages of each reward: gradients on a leading axis, metrics as of one."""
+    by_reward = jnp.where(batch.weight[:, None] > 0, batch.extra["by_reward"], 0)
+    own = jnp.moveaxis(by_reward, -1, 0)[..., None]  # [K, 1, B, 1]
+    total, (sums, weight, evaluations) = lax.map(lambda a: accumulated(batch._replace(advantage=a)), own)
+    sums = {name: m.max(0) if name in objective.on_policy else m.mean(0) for name, m in sums.items()}
+    return total, (sums, weight[0], evaluations.sum(0))
 
 
 def _apart(batch: Batch, plan: Plan, micro_batch: int) -> int:
@@ -302,10 +320,10 @@ def _make_loss(
 
 
 def count_evaluations(
-    objective: Objective, roles: Iterable[str], tools: Tools, shape: tuple[int, ...], places: int
+    objective: Objective, roles: Iterable[str], tools: Tools, shape: tuple[int, ...], places: int, gradients: int = 1
 ) -> tuple[int, int]:
     """Evaluations of an update a sample of that shape, and how many of them have a gradient: "nfe/update" and
-    "nfe/gradient" before there is an update."""
+    "nfe/gradient" before there is an update. `gradients` is of rewards that have each their own."""
     before: dict[str, int] = {}
     calls: dict[str, int] = {}
     own: Roles = dict.fromkeys([*roles, "train"], lambda x, sigma, cond: jnp.zeros(x.shape))
@@ -316,7 +334,8 @@ def count_evaluations(
         x, each, positions = jnp.zeros((places, 1, *shape)), jnp.zeros((places, 1)), max(1, math.prod(shape[:-1]))
         rows = Rows(x, x, jnp.zeros((places, 1, positions)), each + 1, each, each)
         one = jnp.ones(1)
-        batch = Batch(x[0], (rows,), each[:1, :, None], one, one, {"reward_grad": x[:1]})
+        asked = {"reward_grad": x[:1], "map": jnp.zeros((1, 1, positions))}
+        batch = Batch(x[0], (rows,), each[:1, :, None], one, one, asked)
         plan = Plan((), *[np.zeros((places, 1), np.int32)] * 5)
         keys, index = jax.random.split(jax.random.key(0), places), jnp.arange(1)
         extra = objective.prepare(_counted(own, before), _samples(batch, plan, index), keys, tools)
@@ -326,7 +345,7 @@ def count_evaluations(
 
     jax.eval_shape(trace)
     spans, trained = objective.span != "step", calls.get("train", 0)
-    each = 1 if spans else places
+    each = gradients if spans else gradients * places
     return sum(before.values()) + each * (sum(calls.values()) + spans * trained), each * trained
 
 

@@ -6,7 +6,9 @@ if __name__ == "__main__":
 """
 
 import difflib
+import logging
 import opcode
+import os
 import pathlib
 import re
 import sys
@@ -17,6 +19,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there means nothing here,
+logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # nor which back ends there are not
 flags.disclaim_key_flags()  # those that are defined here are the command's
 
 PACKAGE = pathlib.Path(__file__).parents[1]

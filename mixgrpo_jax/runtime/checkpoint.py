@@ -6,11 +6,11 @@ import json
 import logging
 import math
 import operator
-import pathlib
+import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from jax import lax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from mixgrpo_jax.runtime.files import Path, absolute
+
+AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")  # in a store's words
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError, NotADirectoryError)
 SUMS, CHECKSUM = "sums", "checksum"  # of what is saved, in the host's item
 
@@ -129,11 +132,13 @@ class Checkpoints:
         keep_every: and each whose iteration is a multiple of it, if it is not 0.
         best: and the one with the largest of this metric, if it is not "".
         minutes: after which an iteration is saved out of turn, if it is not 0.
+
+    `before` are called before a checkpoint is written: it is not, where one raises.
     """
 
     def __init__(
         self,
-        workdir: str | pathlib.Path,
+        workdir: str | os.PathLike,
         every: int = 0,
         keep: int | None = None,
         keep_every: int = 0,
@@ -149,7 +154,8 @@ class Checkpoints:
             create=every > 0,
         )
         self._every, self._best, self._seconds, self._saved_at = every, best, 60 * minutes, time.monotonic()
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.before: list[Callable[[], None]] = []
+        self.directory: Path = absolute(workdir) / "checkpoints"
         if not every and not self.directory.is_dir():
             self._manager: Any = None
         else:
@@ -171,6 +177,8 @@ class Checkpoints:
         self.check()
         if last.iteration == self.latest or not (force or self._due(last.iteration)):
             return False
+        for prepare in self.before:
+            prepare()
         host = last.host | {SUMS: {path: int(value) for path, value in jax.device_get(last.sums).items()}}
         host |= {CHECKSUM: _checksum(host)}
         items = dict(state=ocp.args.StandardSave(last.state), host=ocp.args.JsonSave(host))
@@ -311,10 +319,12 @@ class Checkpoints:
             yield
         except UNREADABLE as error:
             why = (str(error) or repr(error)).strip().splitlines()[0]
+            if any(status in str(error) for status in AWAY):
+                raise OSError(f"{self.folder} cannot be reached: {why}") from error
             raise Damaged(f"{self.folder} is damaged or incomplete: {why}") from error
 
     @property
-    def folder(self) -> pathlib.Path:
+    def folder(self) -> Path:
         """Of the newest checkpoint."""
         return self.directory / str(self.latest)
 

@@ -1,6 +1,11 @@
-"""What the compiler is asked for beside its defaults, by the kind of device. Options go with each program."""
+"""What the compiler is asked for beside its defaults, by the kind of device, and where its programs are kept.
 
+Options go with each program.
+"""
+
+import contextlib
 import functools
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -8,6 +13,8 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+
+from mixgrpo_jax.runtime.files import absolute, in_bucket, place, replaced
 
 Options = dict[str, str | bool]
 
@@ -47,6 +54,43 @@ KINDS: dict[str, Options] = {
         "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false",
     },
 }
+
+
+KEPT_FROM = 0.1  # seconds of compiling from which a program is kept: smaller ones are made sooner than fetched
+
+
+def keep_beside(workdir: str | os.PathLike) -> None:
+    """Keep compiled programs in jax_cache/ beside a workdir, unless JAX_COMPILATION_CACHE_DIR says where.
+
+    Must come before the first is compiled. Any number of processes and runs may share the folder.
+    """
+    _write_whole()
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    workdir = absolute(workdir)
+    beside = workdir if str(workdir.parent).endswith("://") else workdir.parent
+    jax.config.update("jax_compilation_cache_dir", str(beside / "jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
+    if in_bucket(workdir):  # XLA's own files beside them know no buckets
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def _write_whole() -> None:
+    """Have JAX write programs whole: a part that a kill leaves would be met by every later run, and never mended."""
+    with contextlib.suppress(ImportError):  # a later JAX may have them elsewhere
+        from jax._src import compilation_cache
+        from jax._src.lru_cache import LRUCache
+
+        class Whole(LRUCache):
+            def put(self, key: str, value: bytes) -> None:
+                path = place(self.path) / f"{key}-cache"
+                if self.eviction_enabled:
+                    super().put(key, value)
+                elif not path.exists():
+                    with replaced(path) as draft:
+                        draft.write_bytes(value)
+
+        compilation_cache.LRUCache = Whole  # type: ignore[misc]
 
 
 def options(devices: Iterable[jax.Device]) -> Options:

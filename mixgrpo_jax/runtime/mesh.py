@@ -49,8 +49,8 @@ def make_mesh(
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = len(devices) // max(1, -int(np.prod(shape)))
     if min(shape) < 1 or np.prod(shape) != len(devices):
-        asked = ", ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
-        raise ValueError(f"mesh {asked} does not fill {len(devices)} devices; set one axis to -1 to fill")
+        asked = ", ".join(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES)
+        raise ValueError(f"{asked} do not fill {len(devices)} devices; set one axis to -1 to fill")
     # GPUs number their hosts so, and any axis may span them.
     slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
     slices = slices if devices[0].platform == "tpu" else 1

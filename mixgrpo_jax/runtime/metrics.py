@@ -5,16 +5,20 @@ import contextlib
 import importlib.util
 import json
 import operator
+import os
 import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from mixgrpo_jax.runtime.files import replaced
+from mixgrpo_jax.runtime.files import in_bucket, place, replaced, upload
+
+UPLOADS = 30.0  # seconds from one to the next, of a metrics.jsonl in a bucket
 
 # Peak dense bf16 FLOP/s of a device, by a part of `jax.Device.device_kind`.
 PEAK_FLOPS = {
@@ -66,21 +70,31 @@ class PhaseTimer:
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
 
 
-def traced(iterations: Iterable[int], folder: str | pathlib.Path, start: int, count: int) -> Iterator[int]:
+def traced(iterations: Iterable[int], folder: str | os.PathLike, start: int, count: int) -> Iterator[int]:
     """The iterations, of which `count` from `start` (from 1; 0 is none) are traced by JAX's profiler into a folder."""
-    tracing = False
-    try:
+    with contextlib.ExitStack() as trace:
+        tracing = False
         for iteration in iterations:
             if start and not tracing and start <= iteration + 1 < start + count:
-                jax.profiler.start_trace(str(folder))
+                trace.enter_context(_trace(folder))
                 tracing = True
             yield iteration
             if tracing and iteration + 2 == start + count:
-                jax.profiler.stop_trace()
+                trace.close()
                 tracing = False
-    finally:
-        if tracing:
+
+
+@contextlib.contextmanager
+def _trace(folder: str | os.PathLike) -> Iterator[None]:
+    folder = place(folder)
+    with tempfile.TemporaryDirectory() if in_bucket(folder) else contextlib.nullcontext(str(folder)) as written:
+        jax.profiler.start_trace(written)
+        try:
+            yield
+        finally:
             jax.profiler.stop_trace()
+        if in_bucket(folder):
+            upload(pathlib.Path(written), folder)
 
 
 def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -129,21 +143,30 @@ def brief(line: Mapping) -> dict[str, str]:
 class MetricWriter:
     """Appends to `workdir`/metrics.jsonl, one flat object a line, written through at once, by process 0 alone.
 
+    In a bucket, where nothing can be appended to, the file is written anew: after a while, and by `flush`, which must
+    come before a checkpoint that needs its lines. `check` comes before that, and raises where it must not be written.
+
     On resume, lines of iterations that will be run again are dropped, all of a run that begins (`resume_at` None), and
     iterations without a line are said.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, resume_at: int | None = None):
-        self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._writes = jax.process_index() == 0
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_at: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.path = place(workdir) / "metrics.jsonl"
+        self._writes, self._check = jax.process_index() == 0, check
+        self._text, self._waits, self._written_at = "", False, 0.0  # of a file in a bucket
         if not self._writes:
             return
         end = -1 if resume_at is None else resume_at
         kept = {line["iteration"]: line for line in read(self.path) if line["iteration"] <= end}
         if missing := sorted(set(range(end + 1)) - kept.keys()):
             _warn(f"{self.path} has no line of iteration {', '.join(map(str, missing[:5]))} ({len(missing)} in all)")
-        with replaced(self.path) as path:
-            path.write_text("".join(json.dumps(kept[iteration]) + "\n" for iteration in sorted(kept)))
+        self._text = "".join(json.dumps(kept[iteration]) + "\n" for iteration in sorted(kept))
+        self._rewrite()
         self._board = _tensorboard(workdir)
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
@@ -151,17 +174,37 @@ class MetricWriter:
         if not self._writes:
             return
         line = {"iteration": iteration} | {name: _plain(value) for name, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if in_bucket(self.path):
+            self._text, self._waits = self._text + text, True
+            if time.monotonic() - self._written_at > UPLOADS:
+                self.flush()
+        else:
+            with self.path.open("a") as file:
+                file.write(text)
         if self._board:
             self._board.write_scalars(iteration, {k: v for k, v in line.items() if isinstance(v, int | float)})
 
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._waits:
+            self._rewrite()
 
-def read(path: str | pathlib.Path) -> list[dict]:
+    close = flush
+
+    def _rewrite(self) -> None:
+        self._check()
+        with replaced(self.path) as path:
+            path.write_text(self._text)
+        self._waits, self._written_at = False, time.monotonic()
+
+
+def read(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl; empty where there is none. What a crash has broken is left out, and said."""
-    path = pathlib.Path(path)
+    path = place(path)
     lines, broken = [], []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else [], 1):
+    data = path.read_bytes() if path.is_file() else b""
+    for number, text in enumerate(data.decode(errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
             lines.append(line | {"iteration": operator.index(line["iteration"])})

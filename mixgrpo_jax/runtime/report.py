@@ -1,6 +1,6 @@
 """The pictures of a run: a grid of samples before and after, and the curve of its rewards."""
 
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mixgrpo_jax.runtime import metrics
+from mixgrpo_jax.runtime.files import place, replaced
 
 
 def tile(images: np.ndarray, columns: int, scale: int = 2, gap: int = 4) -> np.ndarray:
@@ -22,14 +23,13 @@ def tile(images: np.ndarray, columns: int, scale: int = 2, gap: int = 4) -> np.n
     return page
 
 
-def save_png(path: str | pathlib.Path, image: np.ndarray) -> None:
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write one picture [H, W, 3] uint8."""
-    Image.fromarray(image).save(path)
+    with replaced(path) as file:
+        Image.fromarray(image).save(file)
 
 
-def grid(
-    path: str | pathlib.Path, pictures: Mapping[str, np.ndarray], prompts: Sequence[str], columns: int = 2
-) -> None:
+def grid(path: str | os.PathLike, pictures: Mapping[str, np.ndarray], prompts: Sequence[str], columns: int = 2) -> None:
     """One row per prompt (`columns` of them side by side): the prompt, then its picture in each of `pictures`."""
     plt, names, per = _pyplot(), list(pictures), len(pictures) + 1
     rows = -(-len(prompts) // columns)
@@ -44,13 +44,14 @@ def grid(
             if line == 0:
                 axes[line, left + offset].set_title(name, fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=130)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def curve(workdir: str | pathlib.Path, name: str = "rewards.png") -> None:
+def curve(workdir: str | os.PathLike, name: str = "rewards.png") -> None:
     """Mean rewards by iteration, from `workdir`/metrics.jsonl; held-out scores as points."""
-    plt, lines = _pyplot(), metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    plt, lines = _pyplot(), metrics.read(place(workdir) / "metrics.jsonl")
     figure, axis = plt.subplots(figsize=(7, 3.6))
     for prefix, style in (("reward/", "-"), ("watched/", "--"), ("held_out/", "o-")):
         series = sorted({k for line in lines for k in line if k.startswith(prefix) and k.endswith("/mean")})
@@ -61,7 +62,8 @@ def curve(workdir: str | pathlib.Path, name: str = "rewards.png") -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(pathlib.Path(workdir) / name, dpi=130)
+    with replaced(place(workdir) / name) as file:
+        figure.savefig(file, dpi=130)
     plt.close(figure)
 
 

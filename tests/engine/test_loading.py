@@ -159,6 +159,7 @@ def test_an_optimisers_state_of_an_unknown_shape_is_refused(tmp_path):
         restored(tmp_path, state, state)
 
 
+@pytest.mark.slow
 def test_samples_of_the_first_version_are_drawn_anew_where_they_are_removed(small_policy, tmp_path):
     config = run(small_policy, one_step_off_policy=True)
     stopped(config, tmp_path, 4)

@@ -10,7 +10,7 @@ from mixgrpo_jax.flow.kernels import KERNELS, Transition, cps, flow_sde, kappa, 
 from mixgrpo_jax.flow.schedules import shifted_sigmas
 
 SIGMAS = shifted_sigmas(25, 3.0)
-EULER, CONSERVING = ("flow", "dance"), ("cps", "precise", "dance_precise")
+EULER, CONSERVING = ("flow", "dance", "linear"), ("cps", "precise", "dance_precise")
 ETA = 0.7
 # (sigma, sigma_next): both ends of a trajectory, and its inside.
 STEPS = [(1.0, 0.9), (0.9, 0.75), (0.4, 0.1), (0.2, 0.0), (1.0, 0.0)]
@@ -94,7 +94,7 @@ def noise_variance(kernel, sigma, sigma_next):
 @pytest.mark.parametrize("kernel", EULER)
 @pytest.mark.parametrize("sigma, sigma_next", STEPS[1:4])
 def test_euler_kernels_leave_excess_noise(kernel, sigma, sigma_next):
-    g2 = ETA**2 * (sigma / (1 - sigma) if kernel == "flow" else 1.0)
+    g2 = ETA**2 * dict(flow=sigma / (1 - sigma), dance=1.0, linear=sigma**2)[kernel]
     dt = sigma_next - sigma
     excess = g2 * dt**2 / sigma + (g2 * dt / (2 * sigma)) ** 2
     np.testing.assert_allclose(noise_variance(kernel, sigma, sigma_next) - sigma_next**2, excess, rtol=1e-4)

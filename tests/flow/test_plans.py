@@ -1,6 +1,7 @@
 import itertools
 import math
 import pkgutil
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +237,15 @@ def test_an_ode_is_trained_at_the_schedules_noise_levels():
     assert np.concatenate([steps.order[:, 0] for steps in plan.segments]).tolist() == [1, *[2] * 8, 1]
 
 
+def test_stratified_noise_levels_are_one_of_each_part_and_another_for_every_prompt():
+    planner = ODE(num_steps=10, train_fraction=0.3, train_choice="stratified", train_range=0.6)
+    steps = np.stack([planner.plan(state, 8).step for state in states(planner, 20)])
+    assert steps.shape == (20, 3, 8)
+    assert all(set(np.unique(steps[:, part])) == {2 * part, 2 * part + 1} for part in range(3))
+    assert (steps.std((0, 1)) > 0).all() and (steps.std(2) > 0).any(1).all()
+    np.testing.assert_array_equal(steps[3], planner.plan(states(planner, 20)[3], 8).step)
+
+
 def test_a_saved_window_past_the_bound_is_clamped():
     plan = Window(num_steps=10).plan(WindowState(start=20, dwell=0, iteration=500), 1)
     assert plan.segments[PREFIX].taken == 5 and plan.segments[WINDOW].address[0] == 5
@@ -286,6 +296,29 @@ def test_evaluations_per_prompt_are_those_of_the_latest_start_and_the_earliest_e
     assert plans.evaluations(planner.layout, plan, 2, 6) == prefix * 2 + (2 + suffix) * 6
 
 
+@pytest.mark.parametrize("band, most", [(None, 9 + 20 * 12), (5, 4 + 20 * 12), (1, 20 * 12)])
+def test_bands_bound_what_single_steps_cost(band, most):
+    planner = PerPrompt(num_steps=20, length=1, bound=10, band=band, group=12, seed=3)
+    counts, costs = np.zeros(10), []
+    for state in states(planner, 300):
+        starts, plan = planner.starts(state, 8), planner.plan(state, 8)
+        first = min(starts) // (band or 10) * (band or 10)
+        assert first <= min(starts) and max(starts) < first + (band or 10)
+        costs.append(plans.evaluations(planner.layout, plan, 8, 96) / 8)
+        assert costs[-1] <= most - first * 11 and len(plan.train) == 1
+        counts += np.bincount(starts, minlength=10)
+    assert (np.abs(counts - 240) < 7 * np.sqrt(240 * (8 if band == 1 else 2))).all()
+    assert np.mean(costs) == pytest.approx({None: 247, 5: 214, 1: 190}[band], rel=0.03)  # 240 is T for each sample
+
+
+def test_chunks_begin_at_the_schedules_steps():
+    planner = Window(num_steps=10, length=4, chunks=(0, 2, 5), iterations_per_window=1)
+    chunks = [planner.plan(state, 2).chunk[:, 1].tolist() for state in states(planner, 4)]
+    assert chunks == [[1, 1, 2, 2], [1, 2, 2, 2], [2, 2, 2, 3], [2, 2, 3, 3]]
+    assert set(first_plan(Window(strategy="all", chunks=(0,))).chunk[:, 0]) == {1}
+    assert PerPrompt(num_steps=10, length=4, chunks=(0, 2, 5)).plan(states(planner, 1)[0], 3).chunk.dtype == np.int32
+
+
 def test_evaluations_of_a_tree_are_shared_until_it_branches():
     planner = Tree(num_steps=12, splits=(2, 6), factors=(2, 3), length=1, group=6)
     plan = first_plan(planner)
@@ -316,10 +349,12 @@ def test_evaluations_of_a_tree_are_shared_until_it_branches():
         ("suffix_ratio", 2.0),
         ("solver_order", 4),
         ("seed", -1),
+        ("chunks", (3, 2)),
+        ("chunks", (25,)),
     ],
 )
 def test_bad_fields_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"plan\.{field}={value!r}: "):
+    with pytest.raises(ValueError, match=rf"plan\.{field}={re.escape(repr(value))}: "):
         Window(**{field: value})
 
 
@@ -327,6 +362,7 @@ def test_bad_fields_are_named(field, value):
     "planner, field, value",
     [
         (PerPrompt, "length", 25),
+        (PerPrompt, "band", 0),
         (PerPrompt, "train_choice", "last"),
         (Tree, "num_steps", 1),
         (Tree, "shift", 0.0),
@@ -344,6 +380,8 @@ def test_bad_fields_are_named(field, value):
         (ODE, "solver_order", 4),
         (ODE, "train_fraction", 0.0),
         (ODE, "train_choice", "last"),
+        (ODE, "train_range", 0.0),
+        (ODE, "train_range", 0.5),
     ],
 )
 def test_bad_fields_of_other_planners_are_named(planner, field, value):

@@ -110,19 +110,21 @@ def test_log_fetch_and_delete(world):
     vm = ("--name=mix", "--zone=z")
     world.run("tpu_vm.sh", *vm, "--log")
     world.run("tpu_vm.sh", *vm, "--workdir=runs/a", "--fetch=here")
+    world.run("tpu_vm.sh", *vm, "--workdir=gs://bucket/a", "--fetch=here")
     world.run("tpu_vm.sh", *vm, "--delete")
-    log, fetch, delete = world.calls()
+    log, fetch, fetch_bucket, delete = world.calls()
     assert "tail" in log and "--worker=0" in log
     assert fetch.endswith("--recurse mix:mixgrpo_jax/runs/a here")
+    assert fetch_bucket == "gcloud storage cp --recursive gs://bucket/a here"
     assert delete == "gcloud compute tpus tpu-vm delete mix --zone=z --quiet"
 
 
 def test_the_run_outlives_the_ssh_and_leaves_its_status(world):
     home = world.remote("gcloud")
-    world.stand_in("../home/venv/bin/python", '#!/bin/sh\nprintf "%s\\n" "$@" "$JAX_COMPILATION_CACHE_DIR"; exit 7\n')
+    world.stand_in("../home/venv/bin/python", '#!/bin/sh\nprintf "%s\\n" "$@"; exit 7\n')
     result = world.shell(
-        "set -euo pipefail; . launch/common.sh; options 'name config workdir cache' '' "
-        f"--name=mix --config=c.py --workdir='a b' --cache=/c {FLAGS[0]} {FLAGS[1]} '{FLAGS[2]}'; start"
+        "set -euo pipefail; . launch/common.sh; options 'name config workdir' '' "
+        f"--name=mix --config=c.py --workdir='a b' {FLAGS[0]} {FLAGS[1]} '{FLAGS[2]}'; start"
     )
     assert result.returncode == 0, result.stderr
     for _ in range(200):
@@ -131,7 +133,7 @@ def test_the_run_outlives_the_ssh_and_leaves_its_status(world):
         time.sleep(0.1)
     assert (home / "train.exit").read_text() == "7\n"
     told = (home / "train.log").read_text().splitlines()
-    assert told == ["-m", "mixgrpo_jax.train", "--config=c.py", "--workdir=a b", *FLAGS[1:], "/c"]
+    assert told == ["-m", "mixgrpo_jax.train", "--config=c.py", "--workdir=a b", *FLAGS[1:]]
 
 
 ACTIVE, SUSPENDED, ABSENT = (
@@ -216,7 +218,7 @@ def test_retries_end(world):
 
 
 def test_the_jobset(world):
-    arguments = (*SCRIPTS["gke.sh"], "--namespace=us", "--cache=/c")
+    arguments = (*SCRIPTS["gke.sh"], "--namespace=us")
     assert world.run("gke.sh", *arguments, *FLAGS).returncode == 0
     assert world.calls() == ["kubectl --namespace=us apply --filename=-"]
     text = (world.folder / "stdin").read_text()
@@ -235,7 +237,7 @@ def test_the_jobset(world):
     assert container["image"] == "here/mixgrpo_jax"
     assert container["command"] == ["python", "-m", "mixgrpo_jax.train"]  # no shell that would keep SIGTERM to itself
     assert container["args"] == [*RUN, *FLAGS[1:]]
-    assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/c"} in container["env"]
+    assert [variable["name"] for variable in container["env"]] == ["PYTHONUNBUFFERED"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 

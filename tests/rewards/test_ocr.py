@@ -118,7 +118,7 @@ def test_the_device_scores_as_the_host_does_and_pictures_are_read_once(monkeypat
         both = build(["ocr", "strict"], {"ocr": {"where": where}, "strict": {"where": where}})
         scores[where] = score_all(both, images, [""] * BATCH, metadata)
     assert len(decoded) == 2 * BATCH
-    for name, (host, _) in scores["host"].items():
+    for name, (host, *_) in scores["host"].items():
         assert host.dtype == np.float32 and len(set(host)) > 1
         np.testing.assert_array_equal(scores["device"][name].value, host)
     with pytest.raises(ValueError, match="where='gpu': 'host' reads with onnxruntime"):

@@ -10,7 +10,7 @@ from mixgrpo_jax.flow.plans.tree import Tree, TreeState
 from mixgrpo_jax.flow.plans.window import Window, WindowState
 from mixgrpo_jax.rl import select
 from mixgrpo_jax.rl.objectives.grpo import GRPO
-from mixgrpo_jax.rl.select import All, Extremes
+from mixgrpo_jax.rl.select import All, Band, Extremes
 from mixgrpo_jax.rl.update import (
     Average,
     apply_updates,
@@ -468,3 +468,25 @@ for objective, planner, prompts, micro_batch in (
 
 def test_no_sample_moves_on_a_mesh():
     run_program(ON_EIGHT, **virtual_devices(8))
+
+
+def test_a_band_of_prompts_teaches():
+    mean = np.array([0.1, 0.9, 0.5, 0.4, 0.6, 0.45])
+    reward = mean[:, None] + np.array([-0.1, 0.0, 0.1]) * np.array([1, 1, 1, 1, 0, 0.2])[:, None]
+    index, weight = Band()(reward - mean[:, None], reward)
+    np.testing.assert_array_equal(index, np.arange(18).reshape(6, 3))
+    np.testing.assert_array_equal(weight, np.repeat([[0], [0], [1], [1], [1], [1]], 3, axis=1))
+    alone = Band(0.0, 1.0, least_range=0.1)(reward, reward)[1]
+    np.testing.assert_array_equal(alone[:, 0], [1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(Band(0.0, 1.0)(reward, reward)[1], 1)
+    absent = np.where(np.arange(3) == 1, np.nan, reward)  # statistics are of the samples that have a score
+    np.testing.assert_array_equal(Band()(absent, absent)[1], weight)
+    np.testing.assert_array_equal(Band()(reward)[1], 1)  # shapes alone
+    assert Band()(np.full((2, 3), np.nan), np.full((2, 3), np.nan))[1].shape == (2, 3)
+
+
+@pytest.mark.parametrize("fields", [{"hardest": 0.8}, {"easiest": 1.1}, {"least_range": -1.0}])
+def test_bad_bands_are_named(fields):
+    (field, value), *_ = fields.items()
+    with pytest.raises(ValueError, match=rf"select\..*{field}={value}"):
+        Band(**fields)

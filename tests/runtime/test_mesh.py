@@ -47,7 +47,7 @@ def test_a_dimension_that_does_not_divide_stays_whole(monkeypatch):
 def test_sizes_must_fill_the_devices():
     assert dict(meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).shape)["fsdp"] == 1
     with pytest.raises(
-        ValueError, match=r"mesh data=1, fsdp=3, context=1, tensor=1 does not fill .* set one axis to -1"
+        ValueError, match=r"mesh.data=1, mesh.fsdp=3, mesh.context=1, mesh.tensor=1 do not fill .* set one axis to -1"
     ):
         meshes.make_mesh({"data": 1, "fsdp": 3, "tensor": 1})
 

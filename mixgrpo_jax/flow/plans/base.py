@@ -173,16 +173,18 @@ def whole(sigmas: np.ndarray, orders: np.ndarray | int, prompts: int) -> tuple[L
     return layout, Plan((lay(layout[0], [Track(sigmas, 0, orders)] * prompts),), none, none, levels, levels, none)
 
 
-def choose_trained(count: int, fraction: float, choice: str, seed: Sequence[int]) -> np.ndarray:
+def choose_trained(
+    count: int, fraction: float, choice: str, seed: Sequence[int], among: int | None = None
+) -> np.ndarray:
     """Which of `count` steps are trained: `max(1, int(fraction count))` of them, the first or a random choice.
 
-    int32, in order.
+    int32, in order. With `among` they are of the first so many steps.
     """
     kept = num_trained(count, fraction)
     if choice == "first":
         return np.arange(kept, dtype=np.int32)
     rng = np.random.default_rng(list(seed))
-    return np.sort(rng.choice(count, kept, replace=False)).astype(np.int32)
+    return np.sort(rng.choice(count if among is None else among, kept, replace=False)).astype(np.int32)
 
 
 def num_trained(count: int, fraction: float) -> int:

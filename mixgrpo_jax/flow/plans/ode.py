@@ -36,7 +36,9 @@ class ODE:
       num_steps, shift, spacing: the schedule.
       solver_order: order of the solver, 1..3.
       train_fraction: share of the schedule's noise levels at which each sample is trained, rounded down, at least one.
-      train_choice: which ones: the "first", or a new "random" choice every iteration.
+      train_choice: which ones: the "first", a new "random" choice every iteration, or "stratified", which is one from
+        each of as many equal parts of the schedule, for every prompt another.
+      train_range: they are chosen among this share of the schedule, from its beginning.
       group: samples of a prompt; each has its own noise, since nothing else tells them apart.
       seed: of the random choice.
 
@@ -50,6 +52,7 @@ class ODE:
     train_fraction: float = 0.99
     train_choice: str = "first"
     spacing: str = "trailing"
+    train_range: float = 1.0
     _: dataclasses.KW_ONLY
     group: int = 1
     seed: int = 0
@@ -60,7 +63,11 @@ class ODE:
         require(self, self.spacing in SPACINGS, "spacing", f"choose one of {SPACINGS}")
         require(self, self.solver_order in (1, 2, 3), "solver_order", "choose 1, 2 or 3")
         require(self, 0 < self.train_fraction <= 1, "train_fraction", "it must be in (0, 1]")
-        require(self, self.train_choice in ("first", "random"), "train_choice", "choose 'first' or 'random'")
+        known = "first", "random", "stratified"
+        require(self, self.train_choice in known, "train_choice", f"choose from {known}")
+        require(self, 0 < self.train_range <= 1, "train_range", "it must be in (0, 1]")
+        few = f"its {self.num_available} steps are fewer than the {self.num_trained} of plan.train_fraction; raise it"
+        require(self, self.num_available >= self.num_trained, "train_range", few)
 
     @property
     def layout(self) -> Layout:
@@ -71,6 +78,11 @@ class ODE:
     def num_trained(self) -> int:
         """Noise levels at which each sample is trained."""
         return num_trained(self.num_steps, self.train_fraction)
+
+    @property
+    def num_available(self) -> int:
+        """Noise levels of which they are chosen."""
+        return num_trained(self.num_steps, self.train_range)
 
     def initial(self) -> ODEState:
         """The state of a run's first iteration."""
@@ -86,8 +98,7 @@ class ODE:
         orders = solver_orders(self.solver_order, self.num_steps)
         tracks = (Track(sigmas[:2], 0), Track(sigmas[1:], 1, orders[1:]))
         segments = tuple(lay(segment, [track] * prompts) for segment, track in zip(self.layout, tracks))
-        chosen = choose_trained(self.num_steps, self.train_fraction, self.train_choice, (self.seed, state.iteration, 1))
-        step = np.broadcast_to(chosen[:, None], (len(chosen), prompts))
+        step = self._trained(state, prompts)
         return Plan(
             segments,
             train=np.zeros(step.shape, np.int32),
@@ -96,3 +107,13 @@ class ODE:
             weight=np.ones(step.shape, np.float32),
             chunk=distinct(step.shape),
         )
+
+    def _trained(self, state: ODEState, prompts: int) -> np.ndarray:
+        """The steps whose noise levels each prompt is trained at, [n, P] int32."""
+        seed, count, among = (self.seed, state.iteration, 1), self.num_trained, self.num_available
+        if self.train_choice == "stratified":
+            bounds = np.linspace(0, among, count + 1)
+            rng = np.random.default_rng(seed)
+            return rng.uniform(bounds[:-1, None], bounds[1:, None], (count, prompts)).astype(np.int32)
+        chosen = choose_trained(self.num_steps, self.train_fraction, self.train_choice, seed, among)
+        return np.broadcast_to(chosen[:, None], (count, prompts))

@@ -48,6 +48,8 @@ class Windowed:
       train_choice: which ones: the "first", or a new "random" choice every iteration.
       suffix_ratio: share of the suffix's steps that are kept (MixGRPO-Flash); 1 keeps the schedule.
       solver_order: order of the suffix's solver, 1..3.
+      chunks: the schedule's steps at which chunks begin, for objectives that have one ratio for several steps: (0,) is
+        one chunk, and () makes each step its own.
       group: samples of a prompt.
       seed: of every random choice; the same on every host.
 
@@ -64,6 +66,7 @@ class Windowed:
     suffix_ratio: float = 1.0
     solver_order: int = 1
     spacing: str = "trailing"
+    chunks: tuple[int, ...] = ()
     _: dataclasses.KW_ONLY
     group: int = 1
     seed: int = 0
@@ -84,6 +87,8 @@ class Windowed:
             f"the window may hold {self.trainable_steps} steps; shorten it, or raise plan.bound or plan.num_steps",
         )
         require(self, self.solver_order in (1, 2, 3), "solver_order", "choose 1, 2 or 3")
+        rising = [-1, *self.chunks, self.num_steps]
+        require(self, rising == sorted(set(rising)), "chunks", f"give rising steps within num_steps={self.num_steps}")
         require(self, self.seed >= 0, "seed", "it must not be negative")
 
     def _choices(self, **fields):
@@ -145,7 +150,10 @@ class Windowed:
         chosen = choose_trained(
             self.window_length, self.train_fraction, self.train_choice, (self.seed, state.iteration, 1)
         )
-        return trained_at(self.layout, segments, chosen)
+        plan = trained_at(self.layout, segments, chosen)
+        if not self.chunks:
+            return plan
+        return plan._replace(chunk=np.searchsorted(self.chunks, plan.step, side="right").astype(np.int32))
 
 
 @dataclass(frozen=True)

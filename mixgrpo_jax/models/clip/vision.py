@@ -61,13 +61,15 @@ class _Encoder(nnx.Module):
         self.post_norm = LayerNorm(d, eps=config.layer_norm_eps)
         self.projection = Linear(d, config.projection_dim, bias=False, init=normal(d**-0.5), rngs=rngs)
 
-    def __call__(self, pixels, dtype):
+    def tokens(self, pixels, dtype):
         kernel = self.patch_embedding[...]
         x = patches(pixels, kernel.shape[0]).astype(dtype) @ kernel.reshape(-1, kernel.shape[-1]).astype(dtype)
         first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)
-        x = apply_blocks(self.blocks, self.pre_norm(x))
-        return self.projection(self.post_norm(x[:, 0]))
+        return apply_blocks(self.blocks, self.pre_norm(x))
+
+    def __call__(self, pixels, dtype):
+        return self.projection(self.post_norm(self.tokens(pixels, dtype)[:, 0]))
 
 
 def patches(pixels: jax.Array, size: int) -> jax.Array:
@@ -102,8 +104,18 @@ def apply(config: CLIPVisionConfig, params: Params, pixels: jax.Array, dtype: jn
     Raises:
       ValueError: pixels of another shape.
     """
+    _check(config, pixels)
+    return nnx.merge(_graphdef(config), params)(pixels, dtype)
+
+
+def features(config: CLIPVisionConfig, params: Params, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """A vector per patch, row by row, after the last block: [B, N, hidden_size] in `dtype`. Arguments as of `apply`."""
+    _check(config, pixels)
+    return nnx.merge(_graphdef(config), params).tokens(pixels, dtype)[:, 1:]
+
+
+def _check(config: CLIPVisionConfig, pixels: jax.Array) -> None:
     if pixels.ndim != 4 or pixels.shape[1:] != (expected := (config.image_size, config.image_size, 3)):
         raise ValueError(
             f"pixels have shape {pixels.shape}, and the config expects [B, {', '.join(map(str, expected))}]"
         )
-    return nnx.merge(_graphdef(config), params)(pixels, dtype)

@@ -43,7 +43,12 @@ def save(folder: str | os.PathLike, params: Any, progress: Callable[[int], Any] 
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, use_ocdbt=False)
     chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(Path(folder).absolute(), args=ocp.args.PyTreeSave(params, save_args=chunks))
+        checkpointer.save(_absolute(folder), args=ocp.args.PyTreeSave(params, save_args=chunks))
+
+
+def _absolute(folder: str | os.PathLike) -> Any:
+    """From the root, as Orbax asks; a bucket's path is."""
+    return Path(folder).absolute() if isinstance(folder, str | Path) else folder
 
 
 def restore(folder: str | os.PathLike, like: Any) -> Any:
@@ -55,7 +60,7 @@ def restore(folder: str | os.PathLike, like: Any) -> Any:
     restore_args = jax.tree.map(_restore_args, like)
     args = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute(), args=args)
+        return checkpointer.restore(_absolute(folder), args=args)
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
@@ -67,7 +72,7 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def stored(folder: str | os.PathLike) -> Any:
     """What a checkpoint holds, as a tree of shapes and dtypes. Raises ValueError for a folder that is no checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata
+        metadata = checkpointer.metadata(_absolute(folder)).item_metadata
     if metadata is None:
         raise ValueError(f"{folder} is no Orbax checkpoint: give a folder that was written whole")
     return metadata.tree

@@ -1,4 +1,4 @@
-"""The network from its ONNX file, as it was released: what the shipped file was made of.
+"""The network from its ONNX file, as it was released: what the shipped file was made of. It needs the extra `ocr_host`.
 
 network, params = onnx_file.load(onnx_file.weights_file())
 ppocr.save(ppocr.SHIPPED, network, params)
@@ -7,11 +7,14 @@ ppocr.save(ppocr.SHIPPED, network, params)
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from mixgrpo_jax.models.ppocr.graph import Network, Node, Params, check, split
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 12
 
@@ -34,6 +37,8 @@ def load(path: str | os.PathLike) -> tuple[Network, Params]:
             a convolution without constant filters [O, I, kh, kw], a graph that does not end in a softmax over classes,
             or a file without an alphabet; the message names it.
     """
+    import onnx
+
     model = onnx.load(path)
     _check_opset(path, model)
     is_constant = [node.op_type == "Constant" for node in model.graph.node]
@@ -51,27 +56,31 @@ def load(path: str | os.PathLike) -> tuple[Network, Params]:
     return Network(tuple(nodes), constants, model.graph.input[0].name, last.inputs[0], _alphabet(path, model)), params
 
 
-def _check_opset(path: str | os.PathLike, model: onnx.ModelProto) -> None:
+def _check_opset(path: str | os.PathLike, model: "onnx.ModelProto") -> None:
     opset = {entry.domain: entry.version for entry in model.opset_import}
     if opset != {"": OPSET}:
         raise ValueError(f"{path}: operator sets {opset}, but only ONNX's own of version {OPSET} is known: convert it")
 
 
-def _tensor(path: str | os.PathLike, node: onnx.NodeProto) -> np.ndarray:
+def _tensor(path: str | os.PathLike, node: "onnx.NodeProto") -> np.ndarray:
+    from onnx import numpy_helper
+
     (attribute,) = node.attribute
     if attribute.name != "value":
         raise ValueError(f"{path}: Constant {node.output[0]!r} has attribute {attribute.name!r}: only value is known")
-    return onnx.numpy_helper.to_array(attribute.t)
+    return numpy_helper.to_array(attribute.t)
 
 
-def _node(path: str | os.PathLike, node: onnx.NodeProto) -> Node:
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+def _node(path: str | os.PathLike, node: "onnx.NodeProto") -> Node:
+    from onnx import helper
+
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     made = Node(node.op_type, tuple(node.input), node.output[0], attributes)
     check(path, made)
     return made
 
 
-def _alphabet(path: str | os.PathLike, model: onnx.ModelProto) -> tuple[str, ...]:
+def _alphabet(path: str | os.PathLike, model: "onnx.ModelProto") -> tuple[str, ...]:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if "character" not in metadata:
         raise ValueError(f"{path}: the metadata lack 'character', the alphabet: give a recognition network")

@@ -166,8 +166,8 @@ class Batcher:
             index = np.minimum(np.arange(padded), count - 1)
         try:
             given = reward.score(images[index], [prompts[i] for i in index], [metadata[i] for i in index])
-            value, missing, _ = as_incomplete(given)
-            scores = np.asarray(value, np.float32)
+            found = as_incomplete(given)
+            scores, missing = np.asarray(found.value, np.float32), found.missing
         except (Exception, SystemExit) as error:
             raise ScoreError("reward_failed", name, f"reward {name!r} failed: {error!r}") from error
         if missing:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from mixgrpo_jax.flow.kernels import by_sample
-from mixgrpo_jax.rl.samples import Metrics, Objective, Point, Roles, Samples, Tools, by_position, mean_over_positions
+from mixgrpo_jax.rl.objectives.forward import Forward, noised
+from mixgrpo_jax.rl.samples import Metrics, Point, Roles, Samples, Tools, by_position, mean_over_positions
 
 
 @dataclass(frozen=True)
-class NFT(Objective):
+class NFT(Forward):
     """The clean sample is noised again to t. With v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v,
 
         L = adv_max / beta mean[r |x0+ - x0|^2 / w+ + (1 - r) |x0- - x0|^2 / w-],   x0+- = x_t - t v+-,
@@ -34,29 +35,23 @@ class NFT(Objective):
     beta: float = 1.0
     adv_max: float = 5.0
 
-    needs: ClassVar[frozenset[str]] = frozenset({"x0", "ode_row"})
     roles: ClassVar[frozenset[str]] = frozenset({"old"})
     draws: ClassVar = "old"
-    on_policy: ClassVar = {"velocity/rollout_deviation": "rollout_tolerance"}
 
     def __post_init__(self):
         for field in ("beta", "adv_max"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"objective.{field}={getattr(self, field)} must be positive; the paper has 1 and 5")
 
-    def prepare(self, roles: Roles, samples: Samples, key: Array, tools: Tools) -> dict[str, Array]:
-        """How far v_old is from the rollout's velocity at the recorded step, relatively: [1, B]."""
-        first = jax.tree.map(lambda a: a[:1], samples.rows)
-        v = roles["old"](first.x, tools.sampler.timestep(first.sigma), samples.cond)[0]
-        moved = (first.x_next - first.x)[0]
-        expected = by_sample((first.sigma_next - first.sigma)[0], v) * v
-        size, error = (jnp.sqrt(mean_over_positions(jnp.square(a))) for a in (expected, moved - expected))
-        return {"deviation": (error / jnp.maximum(size, 1e-6))[None]}
+    def over_positions(self, values: Array, x0_hat: Array, samples: Samples) -> tuple[Array, Metrics]:
+        """A sample's loss [b], of its positions' [b, S, C], and metrics; x0_hat is what v says of the clean sample."""
+        del x0_hat, samples
+        return mean_over_positions(values), {}
 
     def __call__(self, roles: Roles, samples: Samples, key: Array, tools: Tools) -> tuple[Array, Metrics]:
         """Loss [b] and metrics [b]."""
         x0, t = samples.x0, samples.sigma
-        x, _ = tools.sampler.noised(key, samples.id, x0, t)
+        x, _ = noised(samples, key, tools)
         v, v_old = (roles[role](x, tools.sampler.timestep(t), samples.cond) for role in ("train", "old"))
         good = jnp.clip(by_position(samples.advantage, x) / self.adv_max, -1, 1) / 2 + 0.5
 
@@ -65,12 +60,12 @@ class NFT(Objective):
             w = jnp.maximum(mean_over_positions(jnp.abs(jax.lax.stop_gradient(error))), 1e-5)
             return jnp.square(error) / by_sample(w, x)
 
-        loss = mean_over_positions(good * distance(self.beta) + (1 - good) * distance(-self.beta))
+        values = good * distance(self.beta) + (1 - good) * distance(-self.beta)
+        loss, found = self.over_positions(values, x - by_sample(t, x) * v, samples)
         loss = self.adv_max / self.beta * loss
         penalty, named = tools.terms(roles, Point(x, t, v, samples.cond))
         metrics = {
             "loss/policy": loss,
             "velocity/moved": mean_over_positions(jnp.square(v - v_old)),
-            "velocity/rollout_deviation": samples.extra["deviation"],
         }
-        return loss + penalty, metrics | named
+        return loss + penalty, metrics | found | self.checked(samples) | named

@@ -8,8 +8,9 @@ import functools
 import numpy as np
 import scipy.ndimage
 
-from mixgrpo_jax.rewards.contract import Images, Reward
+from mixgrpo_jax.rewards.contract import Images, Reward, Score
 from mixgrpo_jax.rewards.geneval import Detection, scores
+from mixgrpo_jax.rewards.preprocess import pooled
 from mixgrpo_jax.tasks.scenes.shapes import GROUND, HEIGHT, PALETTE, SHAPES, SIZE, WIDTH, coverage
 
 CONTRAST = 0.4  # distance from the ground, in the RGB unit cube, from which a pixel belongs to an object
@@ -32,6 +33,20 @@ def geneval(strict: bool = False) -> Reward:
         return scores(detect(images), metadata, strict)
 
     return Reward("geneval_strict" if strict else "geneval", "host", score)
+
+
+def shapes(cell: tuple[int, int] = (8, 4)) -> Reward:
+    """Where a picture stands out from the ground, as a map beside a score of 0, in cells of a latent position's pixels.
+
+    It is the detector's own segmentation: to be watched, and named in advantage.map.
+    """
+
+    def score(images: Images, prompts: list[str], metadata: list[dict]) -> Score:
+        del prompts, metadata
+        strength = np.linalg.norm(_GROUND - np.asarray(images, np.float32) / 255, axis=-1)
+        return Score(np.zeros(len(images), np.float32), pooled((strength > CONTRAST).astype(np.float32), cell))
+
+    return Reward("shapes", "host", score)
 
 
 def geneval_strict() -> Reward:

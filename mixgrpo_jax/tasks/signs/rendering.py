@@ -39,12 +39,12 @@ class Sign:
 
 def render(sign: Sign) -> np.ndarray:
     """Picture of a sign, uint8 [16, 48, 3]: digits in cells of equal pitch, centred, antialiased."""
-    coverage = _coverage(sign.number)[..., None]
+    covered = coverage(sign.number)[..., None]
     plate, digits = (np.asarray(PALETTE[name], np.float32) for name in (sign.plate, sign.digits))
-    return np.rint(plate + coverage * (digits - plate)).astype(np.uint8)
+    return np.rint(plate + covered * (digits - plate)).astype(np.uint8)
 
 
-def _coverage(number: str) -> np.ndarray:
+def coverage(number: str) -> np.ndarray:
     """Share of each pixel that the digits cover, float32 [16, 48] in [0, 1]."""
     mask = Image.new("L", (WIDTH * _OVERSAMPLING, HEIGHT * _OVERSAMPLING))
     draw, font = ImageDraw.Draw(mask), _font()

@@ -1,0 +1,16 @@
+"""Diffusion-APO (arXiv 2605.07503), an approximation: DPO whose noise is what the samples were drawn from.
+
+    python -m mixgrpo_jax.train --config=configs/apo.py:signs --workdir=runs/apo
+
+What is known and what was chosen: see `DPO` in mixgrpo_jax/rl/objectives/preference.py. Rate, beta, group and guidance
+are not public: they are `dpo`'s.
+"""
+
+from mixgrpo_jax import config as configs
+
+
+def get_config(on="signs"):
+    """Diffusion-APO on the task `on`."""
+    config = configs.load("dpo", __file__, on)
+    config.objective.noise = "rollout"
+    return config
