@@ -71,9 +71,7 @@ def small_policy(tmp_path_factory):
     configs = {"transformer": flux.flux_small(**sizes, pooled_projection_dim=32), "text_encoder_2": text}
     parts = Parts(FAMILY, configs, {"tokenizer_2": build_tokenizer()})
     params = jax.tree.map(np.array, families.init(parts, jax.random.key(0)))
-    final = params["transformer"]["final_out"][
-        "kernel"
-    ]  # zero as made: it would hide what is learned
+    final = params["transformer"]["final_out"]["kernel"]  # zero as made: it would hide what is learned
     final += np.random.default_rng(0).normal(size=final.shape, scale=0.02)
     families.save(folder, parts, params)
     return folder
