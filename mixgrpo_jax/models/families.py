@@ -32,7 +32,8 @@ FAMILIES = {
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
 SHIPS = "shipped:"
-CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json")  # what says which parts there are
+SCHEDULER = "scheduler/scheduler_config.json"
+CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json", SCHEDULER)  # what says which parts there are
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -84,7 +85,8 @@ class Family:
       model.text_length counts.
     rules: ordered (regex, PartitionSpec): a parameter lies as the first regex says that is found in its path.
     targets: the layers that adapters are for by default, see `LoraConfig`.
-    text: (parts, tokens of a prompt, dtype) -> Text.
+    text: (parts, tokens of a prompt, dtype, negative prompt, by default "") -> Text. Raises ValueError for a negative
+      prompt where the family takes none.
     make: (parts, a config's `model` section, remat) -> Policy. `remat`, if not None, overrides the config's: a rollout
       keeps no activations, so it recomputes none. Raises ValueError for parts or settings that do not fit.
     small: configs by part of a model that is trained from scratch on small pictures.
@@ -96,7 +98,7 @@ class Family:
     parts: Mapping[str, Part]
     rules: Rules
     targets: str
-    text: Callable[["Parts", int, Any], Text]
+    text: Callable[..., Text]
     make: Callable[..., Policy]
     small: Callable[[], dict[str, Any]]
     architectures: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
@@ -269,14 +271,26 @@ def _open(
     source = hub.local(transformer, "model.transformer", *wanted) if transformer else place / "transformer"
     lacks = [] if source.exists() else [f"{source.name}/"]
     if not lacks and text:
-        lacks = _lacks(of(source), place)
+        family = of(source)
+        tokenizers = [family.encoders[name] for name in _present(family, place, text) if name in family.encoders]
+        absent = [f"{name}/" for name in tokenizers if not (place / name).is_dir()]  # optional encoders' too
+        lacks = list(dict.fromkeys([*_lacks(family, place), *absent]))
     if lacks:
-        raise ValueError(f"model.folder={str(folder)!r} has no {lacks[0]}; expected a checkpoint as diffusers saves it")
+        raise ValueError(
+            f"model.folder={str(folder)!r} has no {', '.join(lacks)}; expected a checkpoint as diffusers saves it: "
+            "fetch what it lacks"
+        )
     family = of(source)
     parts = [*(() if transformer else ("transformer",)), *_present(family, place, text or not stored)]
     files = [f"{part}/{file}" for part in parts for file in wanted]
     files += [f"{family.encoders[name]}/{file}" for name in parts if name in family.encoders for file in hub.TOKENIZER]
     return family, source, find(folder, *files)
+
+
+def fixed_shift(folder: str | os.PathLike) -> float | None:
+    """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
+    config = weights.read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
+    return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 
 def _present(family: Family, folder: Path, text: bool) -> list[str]:
