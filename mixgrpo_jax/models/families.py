@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from mixgrpo_jax.models.io import hub, weights
 from mixgrpo_jax.models.io.transformer import Transformer
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Policy, check_lengths
 
 # By diffusers' class name of the transformer.
 FAMILIES = {
@@ -133,12 +133,7 @@ class Parts:
         """
         tokenizer = self.tokenizers[self.family.encoders[encoder]]
         rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=cut)["input_ids"]
-        for prompt, row in zip(prompts, rows):
-            if len(row) > limit:
-                raise ValueError(
-                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {limit}: shorten it, or raise "
-                    "model.text_length"
-                )
+        check_lengths(prompts, rows, limit)
         return np.asarray(rows, np.int32)
 
 
