@@ -103,7 +103,7 @@ def encode(
         max_length=length,
         padding=padding,
         text_width=shapes["text"].shape[-1],
-        pooled_width=shapes["pooled"].shape[-1],
+        pooled_width=shapes["pooled"].shape[-1] if "pooled" in shapes else 0,
         dtype=DTYPE.name,
         before=shapes["text"].shape[1] - length,
     )
@@ -178,10 +178,10 @@ def count_tokens(parts: Parts, texts: Sequence[str], length: int) -> np.ndarray:
 
     Prints how many prompts each encoder cuts.
     """
-    counts = {}
-    for name, limit in parts.family.text(parts, length, DTYPE).limits.items():
+    counts, text = {}, parts.family.text(parts, length, DTYPE)
+    for name, limit in text.limits.items():
         tokenizer = parts.tokenizers[parts.family.encoders[name]]
-        counts[name] = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
+        counts[name] = np.array([len(ids) for ids in tokenizer(text.written(texts), verbose=False)["input_ids"]])
         print(f"{name}: {(counts[name] > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
     return np.minimum(next(iter(counts.values())), length)
 

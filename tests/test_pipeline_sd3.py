@@ -131,7 +131,7 @@ def test_features_are_those_of_the_pipeline(pipeline, folder, tmp_path, t5):
         pipeline, folder = make_pipeline(t5), tmp_path
         pipeline.save_pretrained(folder)
     parts, params = families.load(folder)
-    features, tokenize, _ = parts.family.text(parts, LENGTH, jnp.float32)
+    features, tokenize, *_ = parts.family.text(parts, LENGTH, jnp.float32)
     ours = jax.jit(features)(params, tokenize(PROMPTS))
     with torch.no_grad():
         text, negative, pooled, negative_pooled = pipeline.encode_prompt(

@@ -68,11 +68,13 @@ class Text(NamedTuple):
     tokenize: (prompts, cut=False) -> tokens, a dict of ids [P, L] int32. A prompt that does not fit is cut, or raises
       ValueError.
     limits: by encoder, the tokens of a prompt that it takes.
+    written: prompts -> what tokenizers read of them.
     """
 
     features: Callable[[Any, Any], dict[str, Array]]
     tokenize: Callable[..., dict[str, np.ndarray]]
     limits: Mapping[str, int]
+    written: Callable[[Sequence[str]], list[str]] = list
 
 
 @dataclass(frozen=True)

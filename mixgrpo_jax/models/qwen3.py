@@ -178,17 +178,23 @@ def apply(
     return nnx.merge(_graphdef(config), params)(ids, mask, dtype, layers)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, cut: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def chats(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Prompts as a user's words in a chat that the model is to answer without thinking aloud.
 
-    Returns ids and mask, each [P, limit] int32, padded on the side of the tokenizer. Raises ValueError for a tokenizer
-    without a chat template, and for a chat of more than `limit` tokens, unless it is to be cut.
+    Raises ValueError for a tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: fetch its folder again, chat_template.jinja with it")
     options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
-    encoded = tokenizer(chats, padding="max_length", max_length=limit, truncation=cut)
+    return [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, cut: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of `chats` of prompts, each [P, limit] int32, padded on the side of the tokenizer.
+
+    Raises ValueError as `chats` does, and for a chat of more than `limit` tokens, unless it is to be cut.
+    """
+    encoded = tokenizer(chats(tokenizer, prompts), padding="max_length", max_length=limit, truncation=cut)
     check_lengths(prompts, encoded["input_ids"], limit)
     return np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["attention_mask"], np.int32)
 
