@@ -26,6 +26,7 @@ from mixgrpo_jax.models.policy import Policy, check_lengths
 # By diffusers' class name of the transformer.
 FAMILIES = {
     "FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY",
+    "Flux2Transformer2DModel": "mixgrpo_jax.models.flux2.policy:FAMILY",
     "SD3Transformer2DModel": "mixgrpo_jax.models.sd3.policy:FAMILY",
 }
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm
+from mixgrpo_jax.models.nn.products import gathered
 from mixgrpo_jax.models.nn.streams import Heads, Stream, TwoStreams, chunks, mutual, stack
 
 Params = dict[str, Any]
@@ -167,8 +168,9 @@ class _Flux2(TwoStreams):
         return jax.nn.silu(total)
 
     def __call__(self, x, text, condition, ids, remat, backend, reduce_dtype):
-        double = [chunks(modulation(condition), 6) for modulation in (self.text_modulation, self.image_modulation)]
-        single = chunks(self.single_modulation(condition), 3)
+        linears = (self.text_modulation, self.image_modulation, self.single_modulation)
+        shared = gathered([{"modulation": linear} for linear in linears], x.dtype, reduce_dtype)
+        *double, single = (chunks(each["modulation"](condition), n) for each, n in zip(shared, (6, 6, 3)))
         tokens = self.tokens(x, text, (double, single), ids, remat, backend, reduce_dtype)
         scale, shift = chunks(self.final_modulation(condition), 2)
         return self.final_out(layers.modulate(tokens, shift, scale))
