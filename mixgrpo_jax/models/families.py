@@ -192,7 +192,7 @@ def of(transformer: str | os.PathLike) -> Family:
 
 
 def of_encoders(folder: Path) -> Family:
-    """The family of a checkpoint's folder. Where it has text encoders alone, the one that takes the most of them.
+    """The family of a checkpoint's folder. Where it has text encoders alone, the one that reads the most of them.
 
     Raises ValueError where no family's are.
     """
@@ -200,7 +200,7 @@ def of_encoders(folder: Path) -> Family:
         return of(folder / "transformer")
     lacks = [(family, _lacks(family, folder)) for family in _families()]
     if found := [family for family, absent in lacks if not absent]:
-        return max(found, key=lambda family: sum((folder / name).is_dir() for name in family.encoders))
+        return max(found, key=lambda family: sum(_reads(family, name, folder) for name in family.encoders))
     needs = "; ".join(f"{family.transformer.class_name} needs {', '.join(absent)}" for family, absent in lacks)
     raise ValueError(f"{str(folder)!r} has no model's text encoders ({needs}); give a folder as diffusers saves it")
 
@@ -213,6 +213,15 @@ def _lacks(family: Family, folder: Path) -> list[str]:
     """The folders of needed text encoders and tokenizers that are not there."""
     needed = [(name, part.tokenizer) for name, part in family.parts.items() if part.tokenizer and not part.optional]
     return [f"{name}/" for pair in needed for name in pair if not (folder / name).is_dir()]
+
+
+def _reads(family: Family, part: str, folder: Path) -> bool:
+    """Whether the folder has the part, and of a model that the family takes there."""
+    try:
+        family.parts[part].model.read_config(folder / part)
+    except ValueError:
+        return False
+    return True
 
 
 def load(
