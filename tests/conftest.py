@@ -33,7 +33,8 @@ def pytest_sessionfinish(session):
 # What models and files are compared with is in the extra `parity`; without it, the tests that need it are skipped.
 PARITY = ("torch", "diffusers", "accelerate", "peft", "onnx", "onnxruntime", "rapidocr_onnxruntime")
 ABSENT = [name for name in PARITY if importlib.util.find_spec(name) is None]
-collect_ignore = ["test_pipeline.py", "test_pipeline_sd3.py", "models/test_ppocr.py"] if ABSENT else []
+PIPELINES = ("test_pipeline.py", "test_pipeline_sd3.py", "test_pipeline_flux2.py")
+collect_ignore = [*PIPELINES, "models/test_ppocr.py"] if ABSENT else []
 
 
 def _skipping(item):

@@ -17,7 +17,9 @@ from mixgrpo_jax.tasks import load_task
 
 SEEDS = (1, 2, 3)
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
-RECIPES = ("dgpo", "crd")
+QUICK = ("awm", "vgrpo", "dgpo", "crd", "flow_dppo", "rsm", "tempflow", "flash_grpo", "gcpo", "tmpo", "uni_tmpo")
+SLOW = ("nft", "dpo", "grpo_guard", "pcpo")  # by small steps, or samples of an average
+RECIPES = dict.fromkeys((*QUICK, "op_grpo"), 30) | dict.fromkeys(SLOW, 60)  # iterations
 
 
 def brightness(images, prompts, metadata):
@@ -110,10 +112,11 @@ def check(config):
 def test_the_reward_rises_by_what_it_says_and_by_nothing_else(small_policy):
     config = bright(small_policy, "mixgrpo", 10)
     config.objective.clip_low = config.objective.clip_high = 1e-2
+    config.optimizer.learning_rate = 1e-3
     check(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_other_objectives_learn_what_they_are_told(small_policy, recipe):
-    check(bright(small_policy, recipe, 10))
+    check(bright(small_policy, recipe, RECIPES[recipe]))

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from mixgrpo_jax.models.io import hub, weights
+from mixgrpo_jax.models.io.safetensors_io import read_json
 from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.policy import Policy, check_lengths
 
@@ -33,8 +34,14 @@ FAMILIES = {
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
 SHIPS = "shipped:"
-SCHEDULER = "scheduler/scheduler_config.json"
-CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json", SCHEDULER)  # what says which parts there are
+PIPELINE, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+CONFIGS = (
+    "config.json",
+    "*/config.json",
+    "*/tokenizer_config.json",
+    PIPELINE,
+    SCHEDULER,
+)  # what says which parts there are
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -120,11 +127,15 @@ class Family:
 
 @dataclass(frozen=True)
 class Parts:
-    """The architectures of the parts that a checkpoint has, and its tokenizers, by their folders' names."""
+    """The architectures of the parts that a checkpoint has, and its tokenizers, by their folders' names.
+
+    `pipeline` is what model_index.json says of them, where there is one.
+    """
 
     family: Family
     configs: Mapping[str, Any]
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> Sequence[weights.Rule]:
@@ -254,7 +265,7 @@ def load(
     for name in _present(family, folder, text):
         configs[name], host = family.parts[name].model.load_folder(folder / name)
         params[name] = host if places is None else jax.device_put(host, places(host))
-    return Parts(family, configs, read_tokenizers(family, folder, configs)), params
+    return Parts(family, configs, read_tokenizers(family, folder, configs), _pipeline(folder)), params
 
 
 def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
@@ -263,7 +274,7 @@ def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
     present = _present(family, folder, text=True)
     configs = {name: family.parts[name].model.read_config(folder / name) for name in present}
     configs = {"transformer": family.transformer.read_config(source)} | configs
-    return Parts(family, configs, read_tokenizers(family, folder, configs))
+    return Parts(family, configs, read_tokenizers(family, folder, configs), _pipeline(folder))
 
 
 def _open(
@@ -291,12 +302,16 @@ def _open(
     parts = [*(() if transformer else ("transformer",)), *_present(family, place, text or not stored)]
     files = [f"{part}/{file}" for part in parts for file in wanted]
     files += [f"{family.encoders[name]}/{file}" for name in parts if name in family.encoders for file in hub.TOKENIZER]
-    return family, source, find(folder, *files)
+    return family, source, find(folder, *files, PIPELINE)
+
+
+def _pipeline(folder: Path) -> dict[str, Any]:
+    return read_json(file) if (file := folder / PIPELINE).is_file() else {}
 
 
 def fixed_shift(folder: str | os.PathLike) -> float | None:
     """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
-    config = weights.read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
+    config = read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
     return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 

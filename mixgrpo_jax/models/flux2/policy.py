@@ -24,7 +24,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     """The policy of these parts, see `Family.make`.
 
     A transformer with a guidance embedding is told the scale. In others, guidance of a scale above 1 is part of the
-    velocity; models that were distilled to few steps take none.
+    velocity, but of models that were distilled to few steps, which ignore it.
     """
     model, size, dtype = parts.configs["transformer"], tuple(config.image_size), jnp.dtype(config.dtype)
     codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
@@ -33,7 +33,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
             f"the transformer takes {model.in_channels} channels a token, the codec makes {codec.channels}"
         )
     _check_width(parts)
-    guided = config.guidance > 1 and not model.guidance_embeds
+    guided = config.guidance > 1 and not (model.guidance_embeds or parts.pipeline.get("is_distilled"))
     told = config.guidance if model.guidance_embeds else None
     ids = jnp.pad(image_ids(*codec.grid), ((0, 0), (0, 1)))
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
