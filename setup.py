@@ -38,6 +38,7 @@ setup(
         "transformers>=5",
         "huggingface_hub",
         "ftfy",  # as open_clip cleans prompts
+        "jinja2>=3.1",  # chat templates
         "ml_collections>=1.1",
         "tensorflow-datasets>=4.9.10",
         "clu>=0.0.12",

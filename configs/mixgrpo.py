@@ -8,9 +8,9 @@ The argument names the model and task (a file of this folder); recipes change th
 from mixgrpo_jax import config as configs
 
 
-def get_config(on="signs"):
-    """MixGRPO on the task `on`."""
-    config = configs.load(on, __file__)
+def get_config(on="signs", *args):
+    """MixGRPO on the task `on`, whose own arguments follow."""
+    config = configs.load(on, __file__, *args)
     config.plan.strategy = "progressive"
     config.plan.stride = 1
     config.sampler.kernel = "flow"

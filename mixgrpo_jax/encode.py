@@ -108,7 +108,7 @@ def encode(
         max_length=length,
         padding=padding,
         text_width=shapes["text"].shape[-1],
-        pooled_width=shapes["pooled"].shape[-1],
+        pooled_width=shapes["pooled"].shape[-1] if "pooled" in shapes else 0,
         dtype=DTYPE.name,
         before=shapes["text"].shape[1] - length,
         negative_prompt=negative_prompt,
@@ -187,7 +187,7 @@ def count_tokens(parts: Parts, text: Text, texts: Sequence[str]) -> np.ndarray:
     counts = {}
     for name, limit in text.limits.items():
         tokenizer = parts.tokenizers[parts.family.encoders[name]]
-        counts[name] = np.array([len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]])
+        counts[name] = np.array([len(ids) for ids in tokenizer(text.written(texts), verbose=False)["input_ids"]])
         print(f"{name}: {(counts[name] > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
     first = next(iter(counts))
     return np.minimum(counts[first], text.limits[first])

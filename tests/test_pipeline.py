@@ -120,7 +120,7 @@ def test_sample_draws_what_diffusers_draws(pipeline, folder, tmp_path):
     assert np.abs(ours.astype(int) - draw(pipeline, noise)).max() <= 1
 
 
-def encode_signs(folder, target):
+def encode_signs(folder, target, length=LENGTH):
     """Cached features of a few signs for both splits; what the rewards need to know comes along."""
     for split, count in (("train", 4), ("test", 2)):
         path = target.with_name(f"{split}.jsonl")
@@ -130,7 +130,7 @@ def encode_signs(folder, target):
             for s in drawn
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        encode(folder, str(path), target, split=split, max_length=LENGTH, batch=2)
+        encode(folder, str(path), target, split=split, max_length=length, batch=2)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])

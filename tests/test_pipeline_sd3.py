@@ -146,7 +146,7 @@ def test_features_are_those_of_the_pipeline(pipeline, folder, tmp_path, t5):
         pipeline, folder = make_pipeline(t5), tmp_path
         pipeline.save_pretrained(folder)
     parts, params = families.load(folder)
-    features, tokenize, _ = parts.family.text(parts, LENGTH, jnp.float32, NEGATIVE)
+    features, tokenize, *_ = parts.family.text(parts, LENGTH, jnp.float32, NEGATIVE)
     ours = jax.jit(features)(params, tokenize(PROMPTS))
     with torch.no_grad():
         text, negative, pooled, negative_pooled = pipeline.encode_prompt(

@@ -44,7 +44,7 @@ class Manifest:
     max_length: int  # tokens of a prompt, padding included
     padding: str  # "keep": the features of all tokens are stored; "drop": those of a prompt's own tokens
     text_width: int
-    pooled_width: int
+    pooled_width: int  # 0 where there are no pooled features
     dtype: str = "bfloat16"
     before: int = 0  # rows of text before the tokens that are counted: another encoder's
     negative_prompt: str = ""  # whose features all prompts share, where the family takes one
@@ -67,13 +67,14 @@ class Manifest:
         """TFDS features of a record. TFDS has no bfloat16: the same 16 bits are stored as uint16."""
         raw = functools.partial(tfds.features.Tensor, dtype=np.uint16, encoding=tfds.features.Encoding.BYTES)
         rows = self.before + self.max_length if self.padding == "keep" else None
+        pooled = {"pooled": raw(shape=(self.pooled_width,), doc="bits of bfloat16")} if self.pooled_width else {}
         return tfds.features.FeaturesDict(
             {
                 "prompt": tfds.features.Text(),
                 "metadata": tfds.features.Text(doc="a JSON object"),
                 "length": tfds.features.Scalar(np.int32, doc="tokens of the prompt without padding"),
                 "text": raw(shape=(rows, self.text_width), doc="bits of bfloat16"),
-                "pooled": raw(shape=(self.pooled_width,), doc="bits of bfloat16"),
+                **pooled,
             }
         )
 
@@ -191,17 +192,17 @@ def splits(folder: Path) -> list[Split]:
 def _encode(element: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """An element as TFDS stores it; features without a prompt's padding, if it is dropped."""
     rows = manifest.before + (manifest.max_length if manifest.padding == "keep" else element["length"])
-    text, pooled = (element["features"][name].view(np.uint16) for name in OWN)
+    own = {name: element["features"][name].view(np.uint16) for name in OWN if name in element["features"]}
     plain = {"prompt": element["prompt"], "metadata": json.dumps(element["metadata"]), "length": element["length"]}
-    return plain | {"text": text[:rows], "pooled": pooled}
+    return plain | own | {"text": own["text"][:rows]}
 
 
 def load(split: str, folder: str | os.PathLike) -> grain.MapDataset:
     """The prompts of `split` with their features, in the prompts' order, by random access.
 
     An element has `prompt`, `metadata` (a dict), `length` (tokens of the prompt), and `features`: `text` (bfloat16
-    [max_length, D]) and `pooled` (bfloat16 [C]), and what all prompts share. Where padding was dropped, zeros stand in
-    its place.
+    [max_length, D]), `pooled` (bfloat16 [C]) where the model has it, and what all prompts share. Where padding was
+    dropped, zeros stand in its place.
     """
     folder = place(folder).expanduser()
     if not (folder / "dataset_info.json").is_file():
@@ -233,14 +234,14 @@ def check_negative(folder: str | os.PathLike, prompt: str) -> None:
 
 
 def _decode(rows: int, shared: dict[str, np.ndarray], example: dict[str, Any]) -> dict[str, Any]:
-    text, pooled = (example[name].view(ml_dtypes.bfloat16) for name in OWN)
-    if len(text) < rows:
-        text = np.pad(text, ((0, rows - len(text)), (0, 0)))
+    own = {name: example[name].view(ml_dtypes.bfloat16) for name in OWN if name in example}
+    missing = rows - len(own["text"])
+    own["text"] = np.pad(own["text"], ((0, missing), (0, 0))) if missing else own["text"]
     return {
         "prompt": example["prompt"].decode(),
         "metadata": json.loads(example["metadata"]),
         "length": example["length"],
-        "features": {"text": text, "pooled": pooled} | shared,
+        "features": own | shared,
     }
 
 
@@ -248,7 +249,7 @@ def batches(dataset: grain.MapDataset, seed: int, batch_size: int) -> grain.MapD
     """Endless batches, shuffled anew in every epoch; batch k is `batches(...)[k]`, a pure function of (seed, k).
 
     A batch has `prompt` (P strings), `metadata` (P dicts), `length` (int32 [P]) and `features`: `text` (bfloat16
-    [P, max_length, D]) and `pooled` (bfloat16 [P, C]).
+    [P, max_length, D]), and `pooled` (bfloat16 [P, C]) where the model has it.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size={batch_size} does not fit a data set of {len(dataset)}: use 1 to {len(dataset)}")

@@ -137,7 +137,7 @@ def converted(trained: Any, version: int, table: Sequence[Rule]) -> Any:
 
 def _moments(opt_state: Any, params: Any, table: Sequence[Rule], checkpoints: Checkpoints) -> Any:
     """An optimiser's state of version 1 or 2, as it is laid out now."""
-    rotary = {rule.ours: rule.rotary for rule in (*table, *lora_files.rules(table)) if rule.rotary}
+    rotary = {rule.ours: rule.heads for rule in (*table, *lora_files.rules(table)) if rule.rotary}
     leaves = traverse_util.flatten_dict(params, sep="/")
     shapes = {path: leaf.shape for path, leaf in leaves.items() if path in rotary}
 
@@ -156,7 +156,7 @@ def _moments(opt_state: Any, params: Any, table: Sequence[Rule], checkpoints: Ch
                 )
             if axis == len(shape) - 1:
                 return leaf
-        return weights.reorder(leaf, weights.halves, rotary[of])
+        return weights.reorder(leaf, weights.halves, *rotary[of])
 
     return jax.tree_util.tree_map_with_path(convert, opt_state)
 

@@ -47,6 +47,20 @@ def resolution_shift(
     return math.exp(base_shift + slope * (num_tokens - base_tokens))
 
 
+def empirical_shift(num_tokens: int, num_steps: int) -> float:
+    """The shift that FLUX.2's pipelines derive from the number of latent tokens and of steps: `e^mu`.
+
+    mu is linear in the tokens, with the coefficients of the pipelines for 10 and for 200 steps, and linear in the steps
+    between these; for more than 4,300 tokens it is that of 200 steps. The spacing is "trailing".
+
+    >>> round(empirical_shift(1024, 10), 3), round(empirical_shift(4096, 50), 3), round(empirical_shift(8100, 4), 3)
+    (7.3, 7.564, 6.22)
+    """
+    few, many = 8.73809524e-05 * num_tokens + 1.89833333, 0.00016927 * num_tokens + 0.45666666
+    slope = (many - few) / 190
+    return math.exp(many if num_tokens > 4300 else many + slope * (num_steps - 200))
+
+
 def compressed_suffix(
     num_steps: int, shift: float, window_end: int, ratio: float, spacing: str = "trailing"
 ) -> np.ndarray:

@@ -79,7 +79,10 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class VAECodec:
-    """The latent space of an autoencoder: its latents, packed 2 x 2. Products are computed in `dtype`."""
+    """The latent space of an autoencoder: its latents, packed 2 x 2, and standardised where it has their statistics.
+
+    Products are computed in `dtype`.
+    """
 
     config: vae.VAEConfig
     image_size: tuple[int, int]
@@ -102,7 +105,7 @@ class VAECodec:
     def encode(self, params: Any, images: Array) -> Array:
         """[B, H, W, 3] uint8 -> packed latents [B, S, C] fp32, the posterior's mean."""
         mean, _ = vae.encode(self.config, params, _signed(images), self.dtype)
-        return pack(vae.to_latents(self.config, mean))
+        return vae.standardise(self.config, params, pack(vae.to_latents(self.config, mean)))
 
     def decode(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> [B, H, W, 3] uint8, rounded and clipped."""
@@ -114,7 +117,8 @@ class VAECodec:
 
     def _pixels(self, params: Any, tokens: Array) -> Array:
         rows, cols = self.grid
-        return _scaled(vae.decode(self.config, params, unpack(tokens, 2 * rows, 2 * cols), self.dtype))
+        latents = unpack(vae.restore(self.config, params, tokens), 2 * rows, 2 * cols)
+        return _scaled(vae.decode(self.config, params, latents, self.dtype))
 
 
 def _check_divides(image_size: tuple[int, int], sides: tuple[int, int]) -> None:

@@ -21,11 +21,12 @@ from jax.sharding import PartitionSpec
 
 from mixgrpo_jax.models.io import hub, weights
 from mixgrpo_jax.models.io.transformer import Transformer
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Policy, check_lengths
 
 # By diffusers' class name of the transformer.
 FAMILIES = {
     "FluxTransformer2DModel": "mixgrpo_jax.models.flux.policy:FAMILY",
+    "Flux2Transformer2DModel": "mixgrpo_jax.models.flux2.policy:FAMILY",
     "SD3Transformer2DModel": "mixgrpo_jax.models.sd3.policy:FAMILY",
 }
 
@@ -69,11 +70,13 @@ class Text(NamedTuple):
     tokenize: (prompts, cut=False) -> tokens, a dict of ids [P, L] int32. A prompt that does not fit is cut, or raises
       ValueError.
     limits: by encoder, the tokens of a prompt that it takes.
+    written: prompts -> what tokenizers read of them.
     """
 
     features: Callable[[Any, Any], dict[str, Array]]
     tokenize: Callable[..., dict[str, np.ndarray]]
     limits: Mapping[str, int]
+    written: Callable[[Sequence[str]], list[str]] = list
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,7 @@ class Parts:
         """
         tokenizer = self.tokenizers[self.family.encoders[encoder]]
         rows = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=cut)["input_ids"]
-        for prompt, row in zip(prompts, rows):
-            if len(row) > limit:
-                raise ValueError(
-                    f"prompt {prompt!r} has {len(row)} tokens; the model takes {limit}: shorten it, or raise "
-                    "model.text_length"
-                )
+        check_lengths(prompts, rows, limit)
         return np.asarray(rows, np.int32)
 
 
@@ -196,7 +194,7 @@ def of(transformer: str | os.PathLike) -> Family:
 
 
 def of_encoders(folder: Path) -> Family:
-    """The family of a checkpoint's folder. Where it has text encoders alone, the one that takes the most of them.
+    """The family of a checkpoint's folder. Where it has text encoders alone, the one that reads the most of them.
 
     Raises ValueError where no family's are.
     """
@@ -204,7 +202,7 @@ def of_encoders(folder: Path) -> Family:
         return of(folder / "transformer")
     lacks = [(family, _lacks(family, folder)) for family in _families()]
     if found := [family for family, absent in lacks if not absent]:
-        return max(found, key=lambda family: sum((folder / name).is_dir() for name in family.encoders))
+        return max(found, key=lambda family: sum(_reads(family, name, folder) for name in family.encoders))
     needs = "; ".join(f"{family.transformer.class_name} needs {', '.join(absent)}" for family, absent in lacks)
     raise ValueError(f"{str(folder)!r} has no model's text encoders ({needs}); give a folder as diffusers saves it")
 
@@ -217,6 +215,15 @@ def _lacks(family: Family, folder: Path) -> list[str]:
     """The folders of needed text encoders and tokenizers that are not there."""
     needed = [(name, part.tokenizer) for name, part in family.parts.items() if part.tokenizer and not part.optional]
     return [f"{name}/" for pair in needed for name in pair if not (folder / name).is_dir()]
+
+
+def _reads(family: Family, part: str, folder: Path) -> bool:
+    """Whether the folder has the part, and of a model that the family takes there."""
+    try:
+        family.parts[part].model.read_config(folder / part)
+    except ValueError:
+        return False
+    return True
 
 
 def load(

@@ -66,6 +66,7 @@ def rules(table: Sequence[Rule]) -> list[Rule]:
             rule.ours.removesuffix("kernel") + factor,
             (1, 0),
             rotary=rule.rotary if factor == "b" else 0,
+            turned=rule.turned,
             first=rule.first,
         )
         for rule in table

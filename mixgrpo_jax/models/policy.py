@@ -48,3 +48,13 @@ class Policy:
     def pixels(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> pictures [B, H, W, 3] fp32 from 0 to 255, differentiable: see `Codec.pixels`."""
         return self.codec.pixels(params.get("vae"), tokens)
+
+
+def check_lengths(prompts: Sequence[str], rows: Sequence[Sequence[int]], limit: int) -> None:
+    """Raises ValueError for the first prompt whose row of ids is longer than `limit`."""
+    for prompt, row in zip(prompts, rows):
+        if len(row) > limit:
+            raise ValueError(
+                f"prompt {prompt!r} has {len(row)} tokens; the model takes {limit}: shorten it, or raise "
+                "model.text_length"
+            )

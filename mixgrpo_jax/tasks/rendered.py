@@ -148,4 +148,5 @@ def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizer
         eos_token="</s>",
         unk_token="<unk>",
         model_max_length=max_length,
+        chat_template="{{ messages[0].content }}",  # for encoders that read chats
     )

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,39 @@ def test_pixels_have_the_gradient_of_finite_differences(name):
         step = 3e-3
         slope = (scalar(tokens + step * direction) - scalar(tokens - step * direction)) / (2 * step)
         assert float(jnp.vdot(gradient, direction)) == pytest.approx(float(slope), rel=5e-3)
+
+
+def test_tokens_are_those_of_the_flux2_pipeline(tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    pipeline = diffusers.Flux2KleinPipeline
+    kinds = dict(down_block_types=2 * ["DownEncoderBlock2D"], up_block_types=2 * ["UpDecoderBlock2D"])
+    sizes = dict(block_out_channels=(4, 8), latent_channels=3, norm_num_groups=2, layers_per_block=1)
+    reference = diffusers.AutoencoderKLFlux2(**kinds, **sizes, batch_norm_eps=0.1)
+    reference.bn.running_mean.uniform_(-1, 1)
+    reference.bn.running_var.uniform_(0.1, 3)
+    reference.eval().requires_grad_(False).save_pretrained(tmp_path)
+    config, params = vae.load_folder(tmp_path)
+    codec = VAECodec(config, SIZE, jnp.dtype(jnp.float32))
+    assert codec.grid == (4, 6) and codec.channels == 12
+
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
+    itself = types.SimpleNamespace(vae=reference, _patchify_latents=pipeline._patchify_latents)
+    signed = torch.tensor(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+    latents = pipeline._encode_vae_image(itself, signed, None)
+    expected = pipeline._pack_latents(latents).numpy()
+    tokens = jax.jit(codec.encode)(params, images)
+    assert np.linalg.norm(tokens - expected) < 1e-5 * np.linalg.norm(expected)
+
+    noise = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+    ids = pipeline._prepare_latent_ids(latents)
+    x = pipeline._unpack_latents_with_ids(torch.tensor(noise), ids, *codec.grid)
+    mean, variance = (
+        statistic.view(1, -1, 1, 1) for statistic in (reference.bn.running_mean, reference.bn.running_var)
+    )
+    x = pipeline._unpatchify_latents(x * torch.sqrt(variance + 0.1) + mean)
+    expected = (reference.decode(x).sample.numpy().transpose(0, 2, 3, 1) + 1) * 127.5
+    assert np.linalg.norm(jax.jit(codec.pixels)(params, noise) - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 2, 10, 16)])

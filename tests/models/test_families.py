@@ -70,7 +70,7 @@ def text(parts, length, dtype, negative=""):
 
 def make(parts, config, remat=None):
     codec = PixelCodec(tuple(config.image_size))
-    features, tokenize, limits = text(parts, config.text_length, jnp.dtype(config.dtype))
+    features, tokenize, limits, _ = text(parts, config.text_length, jnp.dtype(config.dtype))
 
     def predict(params, x, cond):
         return x @ params["proj"]["kernel"] + (cond @ params["text_proj"]["kernel"])[:, None]

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import json
 
 import jax
@@ -16,6 +17,15 @@ SMALL = VAEConfig(block_out_channels=(4, 8), latent_channels=3, norm_num_groups=
 CONFIGS = {
     "quant convs": SMALL,
     "flux": vae.vae_tiny(block_out_channels=(4, 8), layers_per_block=2, latent_channels=5, norm_num_groups=2),
+    "flux2": dataclasses.replace(
+        vae.flux2_vae(),
+        block_out_channels=(4, 8),
+        decoder_block_out_channels=(6, 10),
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=2,
+        batch_norm_eps=0.1,
+    ),
     "no attention": VAEConfig(
         in_channels=1,
         out_channels=2,
@@ -25,7 +35,8 @@ CONFIGS = {
         mid_block_add_attention=False,
     ),
 }
-PARITY = [("quant convs", (5, 3)), ("flux", (3, 4)), ("no attention", (1, 7))]
+FLUX2_FIELDS = {"patch_size", "batch_norm_eps", "decoder_block_out_channels"}
+PARITY = [("quant convs", (5, 3)), ("flux", (3, 4)), ("flux2", (4, 6)), ("no attention", (1, 7))]
 
 
 # Most of the time here goes into compiling, which is twice as fast without optimisation.
@@ -90,27 +101,30 @@ def relative_error(actual, expected):
     return np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected)
 
 
-@pytest.fixture(scope="module")
-def autoencoder_class():
-    return pytest.importorskip("diffusers").AutoencoderKL
+def autoencoder_class(config):
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.AutoencoderKL if config.batch_norm_eps is None else diffusers.AutoencoderKLFlux2
 
 
-def random_reference(autoencoder_class, config):
-    torch = pytest.importorskip("torch")
+def random_reference(config):
+    torch, reference_class = pytest.importorskip("torch"), autoencoder_class(config)
     torch.manual_seed(0)
     stages = len(config.block_out_channels)
     kinds = dict(down_block_types=stages * ["DownEncoderBlock2D"], up_block_types=stages * ["UpDecoderBlock2D"])
-    reference = autoencoder_class(**vars(config), **kinds).eval()
-    for parameter in reference.parameters():
+    foreign = vae.weights.FOREIGN[reference_class.__name__]
+    sizes = {name: size for name, size in vars(config).items() if name not in foreign}
+    reference = reference_class(**sizes, **kinds).eval()
+    statistics = [tensor for tensor in reference.buffers() if tensor.ndim]
+    for parameter in [*reference.parameters(), *statistics]:
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1)
     return reference
 
 
 @pytest.mark.parametrize("name, grid", PARITY)
-def test_diffusers_weights_give_the_same_moments_and_images(autoencoder_class, tmp_path, name, grid):
+def test_diffusers_weights_give_the_same_moments_and_images(tmp_path, name, grid):
     config = CONFIGS[name]
-    reference = random_reference(autoencoder_class, config)
+    reference = random_reference(config)
     reference.save_pretrained(tmp_path)
     loaded, params = vae.load_folder(tmp_path)
     assert loaded == config
@@ -122,21 +136,22 @@ def test_diffusers_weights_give_the_same_moments_and_images(autoencoder_class, t
 
 
 @pytest.mark.parametrize("name, grid", PARITY)
-def test_diffusers_opens_what_we_save(autoencoder_class, tmp_path, name, grid):
+def test_diffusers_opens_what_we_save(tmp_path, name, grid):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     vae.save_folder(tmp_path, config, params)
     inputs = random_images(config, grid), random_latents(config, grid)
-    reference = autoencoder_class.from_pretrained(tmp_path)
+    reference, report = autoencoder_class(config).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for actual, expected in zip(run(config, params, *inputs), run_torch(reference, config, *inputs)):
         assert relative_error(actual, expected) < 1e-5
 
 
-def test_bf16_error_is_that_of_torch(autoencoder_class, tmp_path):
+def test_bf16_error_is_that_of_torch(tmp_path):
     torch = pytest.importorskip("torch")
     vae.save_folder(tmp_path, SMALL, random_params(SMALL))
     inputs = random_images(SMALL, (5, 3)), random_latents(SMALL, (5, 3))
-    exact = run_torch(autoencoder_class.from_pretrained(tmp_path), SMALL, *inputs)
-    low = autoencoder_class.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    exact = run_torch(autoencoder_class(SMALL).from_pretrained(tmp_path), SMALL, *inputs)
+    low = autoencoder_class(SMALL).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     theirs = run_torch(low, SMALL, *inputs, torch.bfloat16)
     ours = run(SMALL, random_params(SMALL), *inputs, jnp.bfloat16)
     for actual, reference, expected in zip(ours, theirs, exact):
@@ -145,8 +160,9 @@ def test_bf16_error_is_that_of_torch(autoencoder_class, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_saved_parameters_come_back_bit_identical(tmp_path, dtype):
-    config = CONFIGS["quant convs"]
+@pytest.mark.parametrize("name", ["quant convs", "flux2"])
+def test_saved_parameters_come_back_bit_identical(tmp_path, name, dtype):
+    config = CONFIGS[name]
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(config))
     vae.save_folder(tmp_path, config, params)
     loaded, restored = vae.load_folder(tmp_path)
@@ -176,7 +192,7 @@ def test_older_names_of_the_attention_are_read(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
+        ({"_class_name": "AutoencoderDC"}, r"config\.json has _class_name='AutoencoderDC'.*KL or AutoencoderKLFlux2"),
         ({"act_fn": "relu"}, "act_fn='relu'"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "AttnUpDecoderBlock2D"),
         ({"latents_mean": [0.0]}, r"latents_mean=\[0.0\]"),
@@ -184,21 +200,37 @@ def test_older_names_of_the_attention_are_read(tmp_path):
         ({"layers_per_block": 2}, r"missing tensors: decoder\.up_blocks\.0\.resnets\.2"),
         ({"use_quant_conv": False}, r"unexpected tensors: quant_conv\.bias"),
         ({"mid_block_add_attention": False}, r"unexpected tensors: decoder\.mid_block\.attentions\.0"),
+        ({"patch_size": [1, 1]}, r"patch_size=\[1, 1\], and this model needs \[2, 2\]"),
+        ({"batch_norm_eps": None}, "_class_name='AutoencoderKLFlux2'"),
+        ({"decoder_block_out_channels": [6, 9]}, r"decoder_block_out_channels=\(6, 9\) must be multiples"),
+        ({"decoder_block_out_channels": None}, r"decoder.conv_in.bias has shape \(10,\).*expects \(8,\)"),
         ({"in_channels": 4}, r"encoder.conv_in.weight has shape \(4, 3, 3, 3\).*expects \(4, 4, 3, 3\)"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_named(tmp_path, change, message):
-    vae.save_folder(tmp_path, SMALL, random_params(SMALL))
+    config = CONFIGS["flux2"] if change.keys() & FLUX2_FIELDS else SMALL
+    vae.save_folder(tmp_path, config, random_params(config))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         vae.load_folder(tmp_path)
 
 
-def test_flux_vae_has_its_published_size():
-    shapes = jax.eval_shape(functools.partial(vae.init, flux1_vae()), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_819_683
-    assert flux1_vae().downsampling == vae.vae_tiny().downsampling == 8
+@pytest.mark.parametrize("config, size", [(flux1_vae(), 83_819_683), (vae.flux2_vae(), 84_046_371)])
+def test_released_autoencoders_have_their_published_sizes(config, size):
+    shapes = jax.eval_shape(functools.partial(vae.init, config), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
+    assert config.downsampling == vae.vae_tiny().downsampling == 8
+
+
+def test_absent_fields_have_the_defaults_of_the_class(tmp_path):
+    defaults = inspect.signature(autoencoder_class(vae.flux2_vae()).__init__).parameters
+    kinds = ("act_fn", "down_block_types", "up_block_types", "patch_size")
+    fields = {name: defaults[name].default for name in kinds} | {"_class_name": "AutoencoderKLFlux2"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert vae.read_config(tmp_path) == vae.flux2_vae()
+    shared = vars(vae.flux2_vae()).keys() & defaults.keys()
+    assert {n: getattr(vae.flux2_vae(), n) or None for n in shared} == {n: defaults[n].default or None for n in shared}
 
 
 @pytest.mark.parametrize("shift, expected", [(0.1159, (2 - 0.1159) * 0.3611), (None, 2 * 0.3611)])
@@ -250,10 +282,10 @@ def test_one_tile_is_decode():
     assert relative_error(tiled_decode(SMALL, random_params(SMALL), latents, tile=5), expected) < 1e-6
 
 
-def test_tiles_blend_as_in_diffusers(autoencoder_class, tmp_path):
+def test_tiles_blend_as_in_diffusers(tmp_path):
     """Down a strip of two tiles; diffusers would add a third, of the last overlap alone, which is left out."""
     vae.save_folder(tmp_path, SMALL, random_params(SMALL))
-    reference = autoencoder_class.from_pretrained(tmp_path)
+    reference = autoencoder_class(SMALL).from_pretrained(tmp_path)
     reference.tile_latent_min_size, reference.tile_sample_min_size = 8, 16
     latents = random_latents(SMALL, (14, 5))
     z = to_torch(latents) / SMALL.scaling_factor

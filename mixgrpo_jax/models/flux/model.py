@@ -13,10 +13,7 @@ from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear
-from mixgrpo_jax.models.nn.placement import spread
-from mixgrpo_jax.models.nn.products import gathered
-from mixgrpo_jax.models.nn.remat import rematerialise
-from mixgrpo_jax.models.nn.streams import MLP_RATIO, Heads, Stream, chunks, jointly, stack
+from mixgrpo_jax.models.nn.streams import MLP_RATIO, Heads, Stream, TwoStreams, chunks, mutual, stack
 
 Params = dict[str, Any]
 
@@ -84,12 +81,7 @@ class _DoubleBlock(nnx.Module):
     def __call__(self, text, image, condition, turns, attend, tokens_last):
         streams = (self.text, self.image)
         modulations = [chunks(stream.modulation(condition), stream.chunks) for stream in streams]
-        heads = [
-            stream.attention(layers.modulate(x, shift, scale), turn, tokens_last)
-            for stream, x, turn, (shift, scale, *_) in zip(streams, (text, image), turns, modulations)
-        ]
-        parts = jointly(attend, heads, [text.shape[1], image.shape[1]], tokens_last)
-        return tuple(stream.finish(*args) for stream, *args in zip(streams, (text, image), parts, modulations))
+        return mutual(streams, (text, image), modulations, turns, attend, tokens_last)
 
 
 class _SingleBlock(nnx.Module):
@@ -107,7 +99,7 @@ class _SingleBlock(nnx.Module):
         return x + gate * self.out.joined(y, layers.gelu(self.mlp_in(h)))
 
 
-class _Flux(nnx.Module):
+class _Flux(TwoStreams):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.image_in = Linear(config.in_channels, width, rngs=rngs)
@@ -129,31 +121,9 @@ class _Flux(nnx.Module):
         return jax.nn.silu(total)
 
     def __call__(self, x, text, condition, ids, remat, backend, reduce_dtype):
-        (split, length), dtype = (text.shape[1], len(ids)), x.dtype
-        total, tokens_last = layers.form(length, dtype, backend)
-        padding = (0, total - length)  # behind all tokens, where attention leaves it out
-        x, ids = jnp.pad(x, ((0, 0), padding, (0, 0))), jnp.pad(ids, (padding, (0, 0)))
-        angles = layers.rope_angles(ids, self.axes_dims)
-        turns = [layers.rotary(part, tokens_last=tokens_last) for part in (angles, *jnp.split(angles, [split]))]
-        keys = length if total > length else None
-        attend = functools.partial(layers.attention, length=keys, tokens_last=tokens_last, backend=backend)
-
-        def double(streams, block):
-            with jax.named_scope("double_block"):
-                block = gathered(block, dtype, reduce_dtype)
-                return spread(block(*streams, condition, turns[1:], attend, tokens_last)), None
-
-        def single(x, block):
-            with jax.named_scope("single_block"):
-                block = gathered(block, dtype, reduce_dtype)
-                return spread(block(x, condition, turns[0], attend, tokens_last)), None
-
-        double, single = (rematerialise(body, remat) for body in (double, single))
-        streams = self.text_in(spread(text)), self.image_in(spread(x))
-        (text, image), _ = jax.lax.scan(double, spread(streams), self.double_blocks)
-        tokens, _ = jax.lax.scan(single, jnp.concatenate([text, image], axis=1), self.single_blocks)
+        tokens = self.tokens(x, text, (condition, condition), ids, remat, backend, reduce_dtype)
         scale, shift = chunks(self.final_modulation(condition), 2)
-        return self.final_out(layers.modulate(tokens[:, split:length], shift, scale))
+        return self.final_out(layers.modulate(tokens, shift, scale))
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     guidance = config.guidance if model.guidance_embeds else None
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
     options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
-    features, tokenize, limits = text(parts, config.text_length, dtype, config.negative_prompt)
+    features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
 
     def velocity(params, x, sigma, cond):
         return flux.apply(model, params, x, sigma, cond["text"], cond["pooled"], guidance, ids, **options)

@@ -16,7 +16,10 @@ from pathlib import Path, PurePosixPath
 from mixgrpo_jax.models.io.safetensors_io import PICKLED, preferred
 
 WEIGHTS = ("*.safetensors*", *(f"*{suffix}" for suffix in PICKLED))
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+TOKENIZER = (
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
 OTHERS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf")  # weights that nothing here reads
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.*[^/]))?/?")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
@@ -37,7 +38,8 @@ class Rule:
     Where a release fuses several layers into one tensor, its rows are cut into `of` equal parts, and the parameter is
     made of those that the slice `parts` picks, in its order. Such rules only serve to load.
 
-    Where a release's rotary positions turn neighbours in heads of size `rotary`, our last axis is in `halves`.
+    Where a release's rotary positions turn neighbours in heads of size `rotary`, our last axis is in `halves`: of the
+    first `turned` channels, or of all.
     """
 
     theirs: str
@@ -46,7 +48,13 @@ class Rule:
     parts: slice | None = None
     of: int = 1
     rotary: int = 0
+    turned: int = 0
     first: int = 0
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """What `halves` is told."""
+        return self.rotary, self.turned
 
     @property
     def stacked(self) -> bool:
@@ -65,13 +73,13 @@ class Rule:
             parts = tensor.reshape(self.of, -1, *tensor.shape[1:])[self.parts]
             tensor = parts.reshape(-1, *tensor.shape[1:])
         ours = tensor if self.axes is None else tensor.transpose(self.axes)
-        return _channels(ours, index, halves, self.rotary) if self.rotary else ours[index]
+        return _channels(ours, index, halves, *self.heads) if self.rotary else ours[index]
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Inverse of `to_ours`. Raises ValueError for a part of a fused tensor."""
         if self.parts:
             raise ValueError(f"{self.ours} is a part of {self.theirs}: write with a table of whole tensors")
-        array = _channels(array, (), neighbours, self.rotary) if self.rotary else array
+        array = _channels(array, (), neighbours, *self.heads) if self.rotary else array
         return array if self.axes is None else array.transpose(np.argsort(self.axes))
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -86,44 +94,54 @@ def linear(theirs: str, ours: str, *, bias: bool = True, **options: Any) -> list
     return [weight, Rule(f"{theirs}.bias", f"{ours}/bias", **options)] if bias else [weight]
 
 
-def halves(x: Any, head: int) -> Any:
+def halves(x: Any, head: int, turned: int = 0) -> Any:
     """[..., H d] with each head's pairs (x_2j, x_2j+1), which rotary positions turn, at (x_j, x_j+d/2); d is `head`.
+
+    Where given, the first `turned` channels alone are of such heads.
 
     >>> halves(np.arange(8), 4).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """
-    return x.reshape(*x.shape[:-1], -1, head // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+    return _swapped(x, (head // 2, 2), turned)
 
 
-def neighbours(x: Any, head: int) -> Any:
+def neighbours(x: Any, head: int, turned: int = 0) -> Any:
     """Inverse of `halves`."""
-    return x.reshape(*x.shape[:-1], -1, 2, head // 2).swapaxes(-1, -2).reshape(x.shape)
+    return _swapped(x, (2, head // 2), turned)
 
 
-def reordered(table: Sequence[Rule], params: Params, order: Callable[[Any, int], Any]) -> Params:
+def _swapped(x: Any, pairs: tuple[int, int], turned: int) -> Any:
+    if turned:
+        concatenate = jnp.concatenate if isinstance(x, jax.Array) else np.concatenate
+        return concatenate([_swapped(x[..., :turned], pairs, 0), x[..., turned:]], axis=-1)
+    return x.reshape(*x.shape[:-1], -1, *pairs).swapaxes(-1, -2).reshape(x.shape)
+
+
+def reordered(table: Sequence[Rule], params: Params, order: Callable[..., Any]) -> Params:
     """Parameters of the table, with `order`, `halves` or `neighbours`, of those that rotary positions ask for.
 
     Arrays on devices stay where they are, and their buffers are taken over; `Lazy` stays so.
     """
-    heads = {rule.ours: rule.rotary for rule in table}
+    heads = {rule.ours: rule.heads for rule in table}
     leaves = traverse_util.flatten_dict(params, sep="/")
-    leaves = {path: reorder(leaf, order, heads[path]) if heads[path] else leaf for path, leaf in leaves.items()}
+    leaves = {path: reorder(leaf, order, *heads[path]) if heads[path][0] else leaf for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def reorder(leaf: Any, order: Callable[[Any, int], Any], head: int) -> Any:
+def reorder(leaf: Any, order: Callable[..., Any], head: int, turned: int = 0) -> Any:
     """As `reordered`, of one array or `Lazy`."""
     if isinstance(leaf, Lazy):
-        return Lazy(leaf.shape, leaf.dtype, lambda index: _channels(leaf, index, order, head))
+        return Lazy(leaf.shape, leaf.dtype, lambda index: _channels(leaf, index, order, head, turned))
     if isinstance(leaf, jax.Array):
-        return jax.jit(order, static_argnums=1, donate_argnums=0, out_shardings=leaf.sharding)(leaf, head)
-    return order(leaf, head)
+        program = jax.jit(order, static_argnums=(1, 2), donate_argnums=0, out_shardings=leaf.sharding)
+        return program(leaf, head, turned)
+    return order(leaf, head, turned)
 
 
-def _channels(x: Any, index: tuple[slice, ...], order: Callable[[Any, int], Any], head: int) -> np.ndarray:
-    """order(x, head)[index], of which only that part is made."""
+def _channels(x: Any, index: tuple[slice, ...], order: Callable[..., Any], head: int, turned: int) -> np.ndarray:
+    """order(x, head, turned)[index], of which only that part is made."""
     last = len(x.shape) - 1
-    rows, channels = x[index[:last]], order(np.arange(x.shape[-1]), head)[index[last:]]
+    rows, channels = x[index[:last]], order(np.arange(x.shape[-1]), head, turned)[index[last:]]
     # NumPy gathers along rows fast by the one, along columns of a transposed matrix by the other.
     return np.take(rows, channels, axis=-1) if rows.flags.c_contiguous else rows[..., channels]
 

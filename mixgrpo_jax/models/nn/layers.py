@@ -105,9 +105,9 @@ _rotated_norm.defvjp(_rotated_norm_forward, _rotated_norm_backward)
 class Embedder(nnx.Module):
     """Two-layer SiLU perceptron that lifts a conditioning vector [B, d_in] to the model's width [B, dim]."""
 
-    def __init__(self, d_in: int, dim: int, *, rngs: nnx.Rngs):
-        self.linear_1 = Linear(d_in, dim, rngs=rngs)
-        self.linear_2 = Linear(dim, dim, rngs=rngs)
+    def __init__(self, d_in: int, dim: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.linear_1 = Linear(d_in, dim, bias=bias, rngs=rngs)
+        self.linear_2 = Linear(dim, dim, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, d_in] -> [B, dim]."""
@@ -129,6 +129,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
+
+
+def swiglu(x: jax.Array) -> jax.Array:
+    """silu(gate) times value, which lie side by side: [..., 2 d] -> [..., d]."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * value
 
 
 def sinusoid(t: jax.Array, dim: int = 256, max_period: float = 1e4) -> jax.Array:

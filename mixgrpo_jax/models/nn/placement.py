@@ -17,8 +17,8 @@ HEAD_AXES = ("tensor",)
 # of a block's parameter is the block's index, over which the scan runs: it stays whole.
 CUT = ("fsdp", "context")
 RULES = (  # of the names that our models share
-    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/kernel", P(None, CUT, "tensor")),
-    (r"blocks/(.*/)?(q|k|v|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
+    (r"blocks/(.*/)?(q|k|v|qkv_mlp|mlp_in|mlp_gate|modulation)/kernel", P(None, CUT, "tensor")),
+    (r"blocks/(.*/)?(q|k|v|qkv_mlp|mlp_in|mlp_gate|modulation)/bias", P(None, "tensor")),
     (r"blocks/(.*/)?(attention_out|mlp_out|out)/kernel", P(None, ("tensor", *CUT))),
     (r"linear_1/kernel", P(CUT, "tensor")),
     (r"linear_2/kernel", P("tensor", CUT)),

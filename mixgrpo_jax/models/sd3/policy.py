@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 as a family: the parts, the text, guidance, and the policy that they make."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,14 +12,13 @@ from mixgrpo_jax.models import sd3, t5, vae
 from mixgrpo_jax.models.clip import text as clip
 from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
-from mixgrpo_jax.models.nn import placement
+from mixgrpo_jax.models.nn import guidance, placement
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.models.vae import VAEConfig
 
 NAMES = {"text_encoder_3": "t5", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # of the encoders' tokens
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
-NEGATIVE = "negative_"  # before the names of what belongs to the negative prompt
 
 
 def sd3_vae() -> VAEConfig:
@@ -55,17 +55,14 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     scale, guided = config.guidance, config.guidance > 1
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
     options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
-    all_features, tokenize, limits = text(parts, config.text_length, dtype, config.negative_prompt)
+    all_features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
     clips = limits["text_encoder"]
 
     def velocity(params, x, sigma, cond):
-        if not guided:
+        def evaluate(x, sigma, cond):
             return sd3.apply(model, params, x, sigma, cond["text"], cond["pooled"], codec.grid, **options)
-        sigma = jnp.broadcast_to(sigma, len(x))
-        twice = pairs(x, x), pairs(sigma, sigma), *(pairs(cond[NEGATIVE + n], cond[n]) for n in ("text", "pooled"))
-        v = sd3.apply(model, params, *twice, codec.grid, **options)
-        without, with_text = jnp.moveaxis(v.reshape(len(x), 2, *v.shape[1:]), 1, 0)
-        return without + scale * (with_text - without)
+
+        return guidance.guided(evaluate, scale, x, sigma, cond) if guided else evaluate(x, sigma, cond)
 
     def features(params, tokens):
         cond = all_features(params, tokens)
@@ -73,12 +70,12 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
 
     def token_shapes(prompts):
         shapes = {NAMES[name]: jax.ShapeDtypeStruct((prompts, limit), jnp.int32) for name, limit in limits.items()}
-        return shapes | {NEGATIVE + name: shape for name, shape in shapes.items()}
+        return guidance.doubled(shapes)
 
     def cond_shapes(prompts):
         length = clips + config.text_length
         sizes = {"text": (length, model.joint_attention_dim), "pooled": (model.pooled_projection_dim,)}
-        sizes |= {NEGATIVE + name: size for name, size in sizes.items()} if guided else {}
+        sizes = guidance.doubled(sizes) if guided else sizes
         return {name: jax.ShapeDtypeStruct((prompts, *size), jnp.bfloat16) for name, size in sizes.items()}
 
     evaluations = 2 if guided else 1
@@ -92,12 +89,6 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
         flops=sd3.flops(model, int(np.prod(codec.grid)), clips + config.text_length),
         evaluations=evaluations,
     )
-
-
-def pairs(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[B, ...] twice -> [2 B, ...], a's row before b's: one behind the other, all rows would change their devices."""
-    a, b = jnp.broadcast_arrays(a, b)
-    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
 
 
 def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
@@ -127,17 +118,14 @@ def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
         return {"text": jnp.concatenate([joined, behind], axis=1), "pooled": pooled}
 
     def features(params, tokens):
-        negative = encode(params, {name: tokens[NEGATIVE + name][:1] for name in tokens if NEGATIVE + name in tokens})
-        cond, rows = encode(params, tokens), len(tokens["clip_l"])
-        everywhere = {NEGATIVE + name: jnp.broadcast_to(a, (rows, *a.shape[1:])) for name, a in negative.items()}
-        return cond | everywhere
+        return guidance.with_negative(functools.partial(encode, params), tokens)
 
     def tokenize(prompts, cut=False):
         first, tokens = next(iter(limits)), {}
         for name, limit in limits.items():
             *ids, of_negative = parts.token_ids(name, [*prompts, negative], limit, cut or name != first)
             tokens[NAMES[name]] = np.stack(ids)
-            tokens[NEGATIVE + NAMES[name]] = np.stack([of_negative] * len(ids))
+            tokens[guidance.NEGATIVE + NAMES[name]] = np.stack([of_negative] * len(ids))
         return tokens
 
     return Text(features, tokenize, limits)

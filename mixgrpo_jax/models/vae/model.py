@@ -1,7 +1,7 @@
 """AutoencoderKL, the convolutional autoencoder of latent diffusion: images to latents of a smaller side, and back.
 
 Arrays are [B, H, W, C]. Modules carry the names of diffusers' AutoencoderKL, so that the path of a parameter is that of
-its tensor.
+its tensor. AutoencoderKLFlux2 has the same modules, and statistics of its latents beside them.
 """
 
 import functools
@@ -24,7 +24,11 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of an AutoencoderKL, named as in diffusers' config.json, whose defaults for absent fields these are."""
+    """Sizes of an AutoencoderKL, named as in diffusers' config.json, whose defaults for absent fields these are.
+
+    With a `batch_norm_eps` they are of an AutoencoderKLFlux2, whose decoder has widths of its own unless there are
+    none, and whose latents have running statistics in the place of a scale: see `flux2_vae` and `standardise`.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -38,13 +42,15 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    decoder_block_out_channels: tuple[int, ...] = ()
+    batch_norm_eps: float | None = None
 
     def __post_init__(self):
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels={self.block_out_channels} must be multiples of "
-                f"norm_num_groups={self.norm_num_groups}"
-            )
+        for field in ("block_out_channels", "decoder_block_out_channels"):
+            if any(width % self.norm_num_groups for width in getattr(self, field)):
+                raise ValueError(
+                    f"{field}={getattr(self, field)} must be multiples of norm_num_groups={self.norm_num_groups}"
+                )
 
     @property
     def downsampling(self) -> int:
@@ -65,6 +71,18 @@ def vae_tiny(**overrides) -> VAEConfig:
         use_post_quant_conv=False,
     )
     return VAEConfig(**(sizes | overrides))
+
+
+def flux2_vae() -> VAEConfig:
+    """The autoencoder of FLUX.2: 84.0 M parameters, 32 latent channels; the defaults of AutoencoderKLFlux2."""
+    return VAEConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=32,
+        sample_size=1024,
+        scaling_factor=1.0,
+        batch_norm_eps=1e-4,
+    )
 
 
 class _Sequence(nnx.Module):
@@ -153,8 +171,8 @@ class _Attention(nnx.Module):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        width, groups = config.block_out_channels[-1], config.norm_num_groups
+    def __init__(self, width: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        groups = config.norm_num_groups
         self.resnets = _resnets(width, width, 2, groups, rngs)
         self.attentions = _Sequence([_Attention(width, groups, rngs=rngs)] if config.mid_block_add_attention else [])
 
@@ -202,7 +220,7 @@ class _Encoder(nnx.Module):
         widths = config.block_out_channels
         self.conv_in = _Conv(config.in_channels, widths[0], rngs=rngs)
         self.down_blocks = _stages(_DownBlock, widths, config, rngs)
-        self.mid_block = _MidBlock(config, rngs=rngs)
+        self.mid_block = _MidBlock(widths[-1], config, rngs=rngs)
         self.conv_norm_out = _GroupNorm(widths[-1], config.norm_num_groups)
         self.conv_out = _Conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
@@ -213,9 +231,9 @@ class _Encoder(nnx.Module):
 
 class _Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        widths = config.block_out_channels
+        widths = config.decoder_block_out_channels or config.block_out_channels
         self.conv_in = _Conv(config.latent_channels, widths[-1], rngs=rngs)
-        self.mid_block = _MidBlock(config, rngs=rngs)
+        self.mid_block = _MidBlock(widths[-1], config, rngs=rngs)
         self.up_blocks = _stages(_UpBlock, widths[::-1], config, rngs)
         self.conv_norm_out = _GroupNorm(widths[0], config.norm_num_groups)
         self.conv_out = _Conv(widths[0], config.out_channels, rngs=rngs)
@@ -225,6 +243,14 @@ class _Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
+class _Statistics(nnx.Module):
+    """Mean and variance of 2 x 2 patches of latents, as they were in training."""
+
+    def __init__(self, channels: int):
+        self.running_mean = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.running_var = nnx.Param(jnp.ones(channels, jnp.float32))
+
+
 class _Autoencoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         moments, latents = 2 * config.latent_channels, config.latent_channels
@@ -232,6 +258,7 @@ class _Autoencoder(nnx.Module):
         self.decoder = _Decoder(config, rngs=rngs)
         self.quant_conv = _Conv(moments, moments, size=1, rngs=rngs) if config.use_quant_conv else None
         self.post_quant_conv = _Conv(latents, latents, size=1, rngs=rngs) if config.use_post_quant_conv else None
+        self.bn = None if config.batch_norm_eps is None else _Statistics(4 * latents)
 
     def encode(self, x):
         """Images to moments, mean and log-variance along the channels."""
@@ -293,6 +320,30 @@ def encode(
 def to_latents(config: VAEConfig, z: jax.Array) -> jax.Array:
     """x = (z - shift_factor) scaling_factor: from the autoencoder's scale to the unit scale of the transformer."""
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def standardise(config: VAEConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(var + batch_norm_eps) by the running statistics of packed latents [B, S, 4 C], in fp32.
+
+    Of an autoencoder without statistics, x.
+    """
+    if config.batch_norm_eps is None:
+        return tokens
+    mean, std = _statistics(config, params)
+    return (tokens.astype(jnp.float32) - mean) / std
+
+
+def restore(config: VAEConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """Inverse of `standardise`."""
+    if config.batch_norm_eps is None:
+        return tokens
+    mean, std = _statistics(config, params)
+    return tokens.astype(jnp.float32) * std + mean
+
+
+def _statistics(config: VAEConfig, params: Params) -> tuple[jax.Array, jax.Array]:
+    mean, variance = (params["bn"][name].astype(jnp.float32) for name in ("running_mean", "running_var"))
+    return mean, jnp.sqrt(variance + config.batch_norm_eps)
 
 
 def decode(config: VAEConfig, params: Params, latents: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
