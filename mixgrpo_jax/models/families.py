@@ -309,12 +309,6 @@ def _pipeline(folder: Path) -> dict[str, Any]:
     return read_json(file) if (file := folder / PIPELINE).is_file() else {}
 
 
-def fixed_shift(folder: str | os.PathLike) -> float | None:
-    """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
-    config = read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
-    return None if config.get("use_dynamic_shifting") else config.get("shift")
-
-
 def _present(family: Family, folder: Path, text: bool) -> list[str]:
     return [name for name, part in family.parts.items() if (folder / name).is_dir() and (text or not part.tokenizer)]
 
@@ -335,6 +329,12 @@ def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapp
                 f"{folder / name} holds no tokenizer that can be read ({error}): fetch it again"
             ) from error
     return found
+
+
+def fixed_shift(folder: str | os.PathLike) -> float | None:
+    """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
+    config = read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
+    return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 
 def save(folder: str | os.PathLike, parts: Parts, params: Mapping[str, Any]) -> None:
