@@ -162,6 +162,7 @@ class Model:
     text_length: T5 tokens of a prompt, padding included.
     guidance: what a guidance-distilled transformer is told; or the scale of classifier-free guidance, in training as in
       sampling: of two evaluations each, or at 1 of one, without it.
+    negative_prompt: what classifier-free guidance leads away from.
     dtype: of the matrix products; master weights are fp32.
     reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
     remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block"; "auto" is the
@@ -175,6 +176,7 @@ class Model:
     image_size: tuple[int, int] = _number((16, 48), at_least=1)
     text_length: int = _number(12, at_least=1)
     guidance: float = _number(3.5, at_least=0)
+    negative_prompt: str = ""
     dtype: str = "float32"
     reduce_dtype: str = "float32"
     remat: str = "none"
@@ -183,6 +185,11 @@ class Model:
 
     def __post_init__(self):
         _check_numbers(self, "model")
+        if self.negative_prompt and self.guidance <= 1:
+            raise ConfigError(
+                f"model.negative_prompt={self.negative_prompt!r} has no part in model.guidance={self.guidance}: set a "
+                "guidance above 1, or leave the prompt empty"
+            )
         _choice("model.dtype", self.dtype, DTYPES)
         _choice("model.reduce_dtype", self.reduce_dtype, DTYPES)
         _choice("model.remat", self.remat, REMAT)

@@ -18,6 +18,9 @@ padding, because FLUX attends to that too: 50,000 prompts are 210 GB. What saves
   puts zeros in the padding's place, so that the transformer sees no T5 features there: cheaper still, and further
   from what it was trained with.
 
+Guidance that leads away from a prompt, as that of Stable Diffusion 3, leads away from `--negative_prompt`, "" by
+default. Its features are stored once.
+
 A prompt that does not fit is cut, as in the pipeline, and counted. A command that was stopped goes on where it was.
 Of n processes that share a file system, process k writes the shards k, k + n, ...
 """
@@ -43,7 +46,7 @@ from mixgrpo_jax.data import prompts as prompt_sources
 from mixgrpo_jax.data.filters import Filters
 from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.models import families
-from mixgrpo_jax.models.families import Family, Parts
+from mixgrpo_jax.models.families import Family, Parts, Text
 from mixgrpo_jax.runtime import app, distributed
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.files import in_bucket, place
@@ -62,6 +65,7 @@ def encode(
     filters: Filters = Filters(),  # noqa: B008  (it is frozen)
     max_length: int | None = None,
     padding: str = "keep",
+    negative_prompt: str = "",
     batch: int = 32,
     shard_size: int = 256,
 ) -> store.Split:
@@ -77,6 +81,7 @@ def encode(
         filters: which prompts are kept.
         max_length: tokens of a prompt, padding included; by default the tokenizer's own, 512 for FLUX.1-dev.
         padding: "keep" or "drop" the features of padding.
+        negative_prompt: what guidance leads away from, in a family that takes one.
         batch: prompts encoded at a time, over all local devices.
         shard_size: prompts in a file.
 
@@ -91,10 +96,10 @@ def encode(
     folder = families.find(source, *wanted, field="source")
     parts, params = load_encoders(folder)
     length = token_limit(parts, max_length)
-    lengths = count_tokens(parts, [row.text for row in rows], length)
+    text = parts.family.text(parts, length, DTYPE, negative_prompt)
+    lengths = count_tokens(parts, text, [row.text for row in rows])
 
-    features = parts.family.text(parts, length, DTYPE).features
-    shapes = jax.eval_shape(features, params, tokenize(parts, [rows[0].text], length))
+    shapes = jax.eval_shape(text.features, params, tokenize(text, [rows[0].text]))
     manifest = store.Manifest(
         source=fingerprint(folder),
         prompts=prompt_sources.digest(rows),
@@ -106,12 +111,13 @@ def encode(
         pooled_width=shapes["pooled"].shape[-1] if "pooled" in shapes else 0,
         dtype=DTYPE.name,
         before=shapes["text"].shape[1] - length,
+        negative_prompt=negative_prompt,
     )
     output = store.Split(place(target).expanduser(), split, manifest)
     output.check()
     check_room(output, lengths)
     output.begin()
-    write(output, rows, lengths, make_launch(parts, params, length, batch), batch)
+    write(output, rows, lengths, make_launch(text, params, batch), batch)
     return output
 
 
@@ -168,22 +174,23 @@ def token_limit(parts: Parts, asked: int | None) -> int:
     return int(limit)
 
 
-def tokenize(parts: Parts, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """Token ids [P, L], int32, by encoder; cut or filled up to `length` and to what the other encoders take."""
-    return parts.family.text(parts, length, DTYPE).tokenize(texts, cut=True)
+def tokenize(text: Text, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Token ids [P, L], int32, by encoder; cut or filled up to what each takes."""
+    return text.tokenize(texts, cut=True)
 
 
-def count_tokens(parts: Parts, texts: Sequence[str], length: int) -> np.ndarray:
-    """Tokens of each prompt without padding, [N], at most `length`, by the family's first encoder.
+def count_tokens(parts: Parts, text: Text, texts: Sequence[str]) -> np.ndarray:
+    """Tokens of each prompt without padding, [N], at most what is kept, by the family's first encoder.
 
     Prints how many prompts each encoder cuts.
     """
-    counts, text = {}, parts.family.text(parts, length, DTYPE)
+    counts = {}
     for name, limit in text.limits.items():
         tokenizer = parts.tokenizers[parts.family.encoders[name]]
         counts[name] = np.array([len(ids) for ids in tokenizer(text.written(texts), verbose=False)["input_ids"]])
         print(f"{name}: {(counts[name] > limit).sum():,} of {len(texts):,} prompts are cut at {limit} tokens")
-    return np.minimum(next(iter(counts.values())), length)
+    first = next(iter(counts))
+    return np.minimum(counts[first], text.limits[first])
 
 
 def check_room(output: store.Split, lengths: np.ndarray) -> None:
@@ -217,17 +224,16 @@ def _size(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def make_launch(parts: Parts, params: dict[str, Any], length: int, batch: int) -> Callable[[Sequence[str]], Any]:
+def make_launch(text: Text, params: dict[str, Any], batch: int) -> Callable[[Sequence[str]], Any]:
     """`launch(texts) -> features` of up to `batch` prompts, filled up to `batch`; compiled once, and asynchronous."""
     mesh = meshes.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.local_devices())
     by_prompt = meshes.batch_sharding(mesh, batch)
     params = jax.device_put(params, meshes.replicated(mesh))
-    features = parts.family.text(parts, length, DTYPE).features
-    program = jax.jit(features, out_shardings=by_prompt)
+    program = jax.jit(text.features, out_shardings=by_prompt)
 
     def launch(texts):
         filled = [texts[i % len(texts)] for i in range(batch)]
-        return program(params, jax.device_put(tokenize(parts, filled, length), by_prompt))
+        return program(params, jax.device_put(tokenize(text, filled), by_prompt))
 
     return launch
 
@@ -275,6 +281,7 @@ def main(_):  # noqa: D103
         filters=Filters(**{name: flags.FLAGS[name].value for name in prompt_filters.NAMES}),
         max_length=_MAX_LENGTH.value,
         padding=_PADDING.value,
+        negative_prompt=_NEGATIVE_PROMPT.value,
         batch=_BATCH.value,
         shard_size=_SHARD_SIZE.value,
     )
@@ -294,6 +301,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("keep_words", "", "Such a file; prompts with none of them are dropped.")
     _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a prompt; by default the tokenizer's own.")
     _PADDING = flags.DEFINE_enum("padding", "keep", store.PADDING, "What becomes of the features of padding.")
+    _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from, in some families.")
     _BATCH = flags.DEFINE_integer("batch", 32, "Prompts encoded at a time, over all local devices.")
     _SHARD_SIZE = flags.DEFINE_integer("shard_size", 256, "Prompts in a file.")
     app.run(main)

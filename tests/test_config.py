@@ -49,9 +49,8 @@ def test_a_pass_takes_of_each_device_what_divides_its_part(ways, at_most, micro_
 def test_recipes_differ_from_their_task_in_the_method_only():
     for on in ("signs", "scenes"):
         task = configs.load(on, HERE).to_dict()
-        for name in [
-            name for name in RECIPES if not name.startswith(("flux", "sd35", "quickstart", "signs", "scenes"))
-        ]:
+        others = ("flux", "sd35", "quickstart", "signs", "scenes")
+        for name in [name for name in RECIPES if not name.startswith(others)]:
             recipe = configs.load(name, HERE, on).to_dict()
             changed = {key for key in task if recipe[key] != task[key]}
             method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
@@ -203,6 +202,13 @@ def test_bfloat16_takes_the_log_probs_of_before_from_the_update(dtype, source):
     settings = configs.resolve(config)
     assert settings.objective.old_log_prob == source
     assert config.ratio_tolerance <= settings.objective.tolerance == 5e-4
+
+
+def test_a_negative_prompt_has_no_part_in_what_is_not_guided():
+    config = configs.load("signs", HERE)
+    config.model.guidance, config.model.negative_prompt = 1.0, "grey"
+    with pytest.raises(configs.ConfigError, match=r"negative_prompt='grey' has no part in model.guidance=1.0: set a"):
+        configs.resolve(config)
 
 
 def test_a_group_that_starts_from_one_noise_needs_a_stochastic_step():

@@ -79,10 +79,10 @@ def compile_once():
     """The tests' sources of one architecture have the same parameters, so that one program serves them."""
     programs, make = {}, command.make_launch
 
-    def make_once(parts, params, length, batch):
-        key = *sorted(parts.configs.items()), length, batch
+    def make_once(text, params, batch):
+        key = *sorted(text.limits.items()), batch
         if key not in programs:
-            programs[key] = make(parts, params, length, batch)
+            programs[key] = make(text, params, batch)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -253,11 +253,11 @@ def test_an_interrupted_command_leaves_whole_shards_and_goes_on_to_the_same_byte
     tokenized = []
     tokenize = command.tokenize
 
-    def interrupted(parts, texts, length):
+    def interrupted(text, texts):
         tokenized.append(list(texts))
         if len(tokenized) == 4:  # one call is for the shapes; the next two are of shards 0 and 1
             raise KeyboardInterrupt
-        return tokenize(parts, texts, length)
+        return tokenize(text, texts)
 
     monkeypatch.setattr(command, "tokenize", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -308,10 +308,11 @@ def test_the_arithmetic_and_what_is_cut_are_printed(source, prompts, tmp_path, c
         ),
         (
             dict(source=os.curdir),
-            r"source='.*' has no model's text encoders \(Flux\w+ needs text_encoder_2/.*; SD3\w+ needs text_.*\)",
+            r"source='.*' has no model's text encoders \(Flux\w+ needs text_encoder_2/.*; SD3\w+ needs .*\)",
         ),
         (dict(max_length=0), "max_length=0"),
         (dict(padding="cut"), "padding='cut'"),
+        (dict(negative_prompt="grey"), "negative_prompt='grey': FLUX.1 .* takes none; leave it empty"),
         (dict(shard_size=0), "shard_size=0"),
         (dict(split="train[:3]"), "split='train"),
         (dict(prompts="nowhere.txt"), r"prompts='nowhere\.txt'"),

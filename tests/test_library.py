@@ -1,4 +1,4 @@
-"""The package as a library: its public names, its example, and the document that shows how to add to it."""
+"""The package as a library: its public names, its example, and the documents that show how to add to it."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ from mixgrpo_jax.rl.update import count_evaluations
 
 ROOT = pathlib.Path(__file__).parents[1]
 TREE = ast.parse((ROOT / "mixgrpo_jax" / "__init__.py").read_text())
-DOC = (ROOT / "docs" / "add_a_method.md").read_text()
+DOC = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("add_a_*.md")))
 BLOCKS = re.findall(r"^```python (\S+)\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
 
 
@@ -47,13 +47,12 @@ def test_two_moons(monkeypatch, tmp_path):
     assert (tmp_path / "moons.png").stat().st_size > 10_000
 
 
-def test_the_document_quotes_files_as_they_are():
+def test_documents_quote_files_as_they_are():
     quoted = [(path, text) for path, text in BLOCKS if not path.startswith("my_")]
-    assert {"mixgrpo_jax/rl/objectives/nft.py", "configs/nft.py", "tests/rl/test_nft.py"} <= {
-        path for path, _ in quoted
-    }
+    nft = {"mixgrpo_jax/rl/objectives/nft.py", "configs/nft.py", "tests/rl/test_nft.py"}
+    assert nft | {"mixgrpo_jax/models/sd3/policy.py"} <= {path for path, _ in quoted}
     for path, text in quoted:
-        assert text in (ROOT / path).read_text(), f"docs/add_a_method.md quotes {path} otherwise than it is:\n{text}"
+        assert text in (ROOT / path).read_text(), f"docs/ quotes {path} otherwise than it is:\n{text}"
     for whole in ("mixgrpo_jax/rl/objectives/nft.py", "configs/nft.py"):
         lines = [line for path, text in quoted if path == whole for line in text.splitlines() if line]
         assert lines == [line for line in (ROOT / whole).read_text().splitlines() if line], f"{whole} is shown in full"

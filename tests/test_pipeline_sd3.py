@@ -18,12 +18,15 @@ from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.nn.patches import unpack
 from mixgrpo_jax.models.sd3.policy import FAMILY
+from mixgrpo_jax.runtime import metrics
+from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
 from mixgrpo_jax.train import train
+from tests.python import ROOT, run_program
 from tests.test_pipeline import PROMPTS, SIZE, STEPS, encode_signs, tokenizer
 
 LENGTH, CLIP_LENGTH = 12, 16
-GUIDANCE = 4.5
+GUIDANCE, NEGATIVE = 4.5, "a pink sign"
 
 
 def random_clip(width, projection, activation):
@@ -100,12 +103,13 @@ def noise():
     return np.random.default_rng(0).standard_normal((2, tokens, 16)).astype(np.float32)
 
 
-def draw(pipeline, noise, guidance=GUIDANCE):
+def draw(pipeline, noise, guidance=GUIDANCE, negative=""):
     """Pictures of diffusers for PROMPTS, [2, H, W, 3] uint8, by its own scheduler's sigmas."""
     pipeline.set_progress_bar_config(disable=True)
     latents = np.array(unpack(noise, SIZE[0] // 8, SIZE[1] // 8)).transpose(0, 3, 1, 2)
     images = pipeline(
         PROMPTS,
+        negative_prompt=[negative] * len(PROMPTS),
         height=SIZE[0],
         width=SIZE[1],
         num_inference_steps=STEPS,
@@ -116,12 +120,23 @@ def draw(pipeline, noise, guidance=GUIDANCE):
     return np.stack([np.asarray(image) for image in images])
 
 
-def settings(folder, guidance=GUIDANCE):
+def settings(folder, guidance=GUIDANCE, negative=""):
     config = configs.base()
     config.model.folder, config.model.image_size, config.model.text_length = str(folder), SIZE, LENGTH
-    config.model.guidance = guidance
+    config.model.guidance, config.model.negative_prompt = guidance, negative
     config.evaluation.num_steps, config.evaluation.spacing, config.evaluation.batch = STEPS, "linspace", 2
     config.rewards, config.watched = dict(ocr=1.0), ()
+    return config
+
+
+def training(folder, **changes):
+    """Two iterations of 2 prompts x 4."""
+    config = settings(folder, **changes)
+    config.rewards = dict(colour=1.0)
+    config.iterations, config.optimizer.learning_rate, config.averages.ema.decay = 2, 3e-3, 0.5
+    config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
+    config.plan.num_steps, config.plan.length, config.plan.spacing = 5, 2, "linspace"
+    config.evaluation.prompts = 2
     return config
 
 
@@ -131,11 +146,11 @@ def test_features_are_those_of_the_pipeline(pipeline, folder, tmp_path, t5):
         pipeline, folder = make_pipeline(t5), tmp_path
         pipeline.save_pretrained(folder)
     parts, params = families.load(folder)
-    features, tokenize, *_ = parts.family.text(parts, LENGTH, jnp.float32)
+    features, tokenize, *_ = parts.family.text(parts, LENGTH, jnp.float32, NEGATIVE)
     ours = jax.jit(features)(params, tokenize(PROMPTS))
     with torch.no_grad():
         text, negative, pooled, negative_pooled = pipeline.encode_prompt(
-            PROMPTS, PROMPTS, PROMPTS, negative_prompt=["", ""], max_sequence_length=LENGTH
+            PROMPTS, PROMPTS, PROMPTS, negative_prompt=[NEGATIVE] * 2, max_sequence_length=LENGTH
         )
     theirs = {"text": text, "pooled": pooled, "negative_text": negative, "negative_pooled": negative_pooled}
     assert theirs.keys() == ours.keys()
@@ -144,11 +159,11 @@ def test_features_are_those_of_the_pipeline(pipeline, folder, tmp_path, t5):
         assert error < 1e-5, (name, error)
 
 
-@pytest.mark.parametrize("guidance", [GUIDANCE, 1.0])
-def test_sample_draws_what_diffusers_draws(pipeline, folder, noise, tmp_path, guidance):
-    ours = sample(settings(folder, guidance), tmp_path, PROMPTS, noise, base=True)
+@pytest.mark.parametrize("guidance, negative", [(GUIDANCE, NEGATIVE), (1.0, "")])
+def test_sample_draws_what_diffusers_draws(pipeline, folder, noise, tmp_path, guidance, negative):
+    ours = sample(settings(folder, guidance, negative), tmp_path, PROMPTS, noise, base=True)
     assert ours.std() > 5
-    assert np.abs(ours.astype(int) - draw(pipeline, noise, guidance)).max() <= 1
+    assert np.abs(ours.astype(int) - draw(pipeline, noise, guidance, negative)).max() <= 1
 
 
 def test_an_evaluation_with_guidance_counts_twice_and_is_that_of_two_calls(folder, noise):
@@ -170,14 +185,9 @@ def test_an_evaluation_with_guidance_counts_twice_and_is_that_of_two_calls(folde
 @pytest.mark.parametrize("rank", [0, 4])
 def test_trained_on_cached_features_with_guidance_and_exported_to_diffusers(pipeline, folder, noise, tmp_path, rank):
     encode_signs(folder, tmp_path / "features")
-    config = settings(folder)
+    config = training(folder)
     config.data.name, config.data.folder = "features", str(tmp_path / "features")
-    config.rewards = dict(colour=1.0)
     config.model.lora.rank, config.model.lora.alpha, config.model.lora.base = rank, 8.0, "float32"
-    config.iterations, config.optimizer.learning_rate, config.averages.ema.decay = 2, 3e-3, 0.5
-    config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
-    config.plan.num_steps, config.plan.length, config.plan.spacing = 5, 2, "linspace"
-    config.evaluation.prompts = 2
     train(config, tmp_path / "run")
 
     convert(tmp_path / "run", tmp_path / "exported", "lora" if rank else "diffusers")
@@ -202,10 +212,35 @@ def test_trained_on_cached_features_with_guidance_and_exported_to_diffusers(pipe
         assert np.abs(sample(config, tmp_path, PROMPTS, noise, base=True) - ours).max() <= 1
 
 
+ON_EIGHT = """
+import sys
+from mixgrpo_jax.train import train
+from tests.test_pipeline_sd3 import NEGATIVE, training
+config = training(sys.argv[1], negative=NEGATIVE)
+config.batch.updates, config.mesh.data, config.mesh.fsdp = 1, 2, 4
+train(config, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_the_guided_ratio_is_one_on_one_device_and_on_eight(folder, tmp_path):
+    config = training(folder, negative=NEGATIVE)
+    config.batch.updates = 1
+    train(config, tmp_path / "one")
+    run_program(ON_EIGHT, folder, tmp_path / "eight", cwd=ROOT, **virtual_devices(8))
+    one, eight = (metrics.read(tmp_path / name / "metrics.jsonl")[1:] for name in ("one", "eight"))
+    for ours, theirs in zip(one, eight, strict=True):
+        assert max(line["ratio/max_deviation"] for line in (ours, theirs)) < 5e-5
+        assert ours["nfe/rollout"] == theirs["nfe/rollout"] and ours["nfe/gradient"] == 2 * 8 * 2
+        for name in ("reward/colour/mean", "loss/total", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
 def test_cached_features_hold_the_negative_prompt_once(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    encode(folder, str(tmp_path / "prompts.txt"), tmp_path / "kept", max_length=LENGTH, batch=2)
-    encode(folder, str(tmp_path / "prompts.txt"), tmp_path / "dropped", max_length=LENGTH, batch=2, padding="drop")
+    given = dict(prompts=str(tmp_path / "prompts.txt"), max_length=LENGTH, batch=2)
+    encode(folder, target=tmp_path / "kept", **given)
+    encode(folder, target=tmp_path / "dropped", padding="drop", **given)
     kept, dropped = (store.load("train", tmp_path / name)[1]["features"] for name in ("kept", "dropped"))
     assert kept["text"].shape == kept["negative_text"].shape == dropped["text"].shape == (CLIP_LENGTH + LENGTH, 40)
     np.testing.assert_array_equal(kept["negative_text"], dropped["negative_text"])
@@ -213,11 +248,31 @@ def test_cached_features_hold_the_negative_prompt_once(folder, tmp_path):
     np.testing.assert_array_equal(kept["text"][:own], dropped["text"][:own])
     assert kept["text"][own:].any() and not dropped["text"][own:].any()
 
+    with pytest.raises(ValueError, match=r"manifest-train\.json has negative_prompt='', now negative_prompt='a pink"):
+        encode(folder, target=tmp_path / "kept", negative_prompt=NEGATIVE, **given)
+    config = settings(folder, negative=NEGATIVE)
+    config.data.name, config.data.folder, config.batch.prompts = "features", str(tmp_path / "kept"), 2
+    with pytest.raises(
+        ValueError, match=r"kept' is encoded with negative_prompt='', and model.negative_prompt='a pink"
+    ):
+        train(config, tmp_path / "run")
 
-def test_a_folder_without_a_clip_is_refused(pipeline, folder, tmp_path):
-    for name in ("transformer", "text_encoder", "tokenizer", "text_encoder_3", "tokenizer_3"):
-        (tmp_path / name).symlink_to(folder / name)
-    with pytest.raises(ValueError, match="has no text_encoder_2/"):
+
+@pytest.mark.parametrize(
+    "lacking, message",
+    [
+        (["text_encoder_2"], "has no text_encoder_2/; expected"),
+        (["text_encoder", "tokenizer"], "has no text_encoder/, tokenizer/; expected"),
+        (["tokenizer_2"], "has no tokenizer_2/; expected"),
+        (["tokenizer_3"], "has no tokenizer_3/; expected"),  # beside its encoder, which may be absent
+        (["transformer"], "has no transformer/; expected"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused(folder, tmp_path, lacking, message):
+    for part in folder.iterdir():
+        if part.name not in lacking:
+            (tmp_path / part.name).symlink_to(part)
+    with pytest.raises(ValueError, match=rf"model\.folder='{tmp_path}' {message}.*fetch what it lacks"):
         families.load(tmp_path)
 
 

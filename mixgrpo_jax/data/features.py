@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mixgrpo_jax.models.io.weights import read_json, read_safetensors, write_safetensors
-from mixgrpo_jax.runtime.files import Path, place, replaced, size
+from mixgrpo_jax.runtime.files import Path, fetched, place, replaced, size
 
 NAME, FORMAT = "features", "array_record"
 PADDING = ("keep", "drop")
@@ -47,6 +47,7 @@ class Manifest:
     pooled_width: int  # 0 where there are no pooled features
     dtype: str = "bfloat16"
     before: int = 0  # rows of text before the tokens that are counted: another encoder's
+    negative_prompt: str = ""  # whose features all prompts share, where the family takes one
 
     def __post_init__(self):
         if self.padding not in PADDING:
@@ -160,7 +161,8 @@ class Split:
             for element in elements:
                 shared = {name: a for name, a in element["features"].items() if name not in OWN}
                 if shared and shard == 0 and not self.shared.exists():
-                    write_safetensors(self.shared, shared)
+                    with replaced(self.shared) as file:
+                        write_safetensors(file, shared)
                 writer.write(record.serialize_example(_encode(element, self.manifest)))
 
     def finish(self) -> None:
@@ -213,10 +215,22 @@ def load(split: str, folder: str | os.PathLike) -> grain.MapDataset:
         raise ValueError(f"{folder} has no finished split {split!r}, but {', '.join(builder.info.splits)}: encode it")
     first = splits(folder)[0]
     rows = first.manifest.before + first.manifest.max_length
-    shared = (
-        {name: np.asarray(a) for name, a in read_safetensors(first.shared).items()} if first.shared.exists() else {}
-    )
+    shared = {}
+    if first.shared.exists():
+        with fetched(first.shared) as file:
+            shared = {name: np.asarray(a) for name, a in read_safetensors(file).items()}
     return grain.MapDataset.source(builder.as_data_source(split)).map(functools.partial(_decode, rows, shared))
+
+
+def check_negative(folder: str | os.PathLike, prompt: str) -> None:
+    """Raise ValueError, naming both, if the features in a folder lead away from another prompt than this one."""
+    for split in splits(place(folder).expanduser()):
+        if (then := split.manifest.negative_prompt) != prompt:
+            raise ValueError(
+                f"data.folder={str(folder)!r} is encoded with negative_prompt={then!r}, and "
+                f"model.negative_prompt={prompt!r}: set the latter to the former, or encode with "
+                f"--negative_prompt={prompt!r} to another target"
+            )
 
 
 def _decode(rows: int, shared: dict[str, np.ndarray], example: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from mixgrpo_jax.models.trainable import Trainable, make_trainable
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.rl.update import TrainState
+from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
+from mixgrpo_jax.tasks import load_task
 
 
 def mesh_of(settings: Settings) -> Any:
@@ -40,8 +42,18 @@ def load_policy(
     The other parameters hold the trainable's base as "base". `master` takes fully trained parameters in the optimiser's
     dtype; otherwise they keep the file's, as adapters' base and encoders do anyway. Without `text` the text encoders
     stay away: the data have their features.
+
+    Says where the schedule is not that of the model's own scheduler. Raises ValueError for a folder that cannot be
+    read, and for features of another negative prompt.
     """
-    options = settings.model
+    options, config = settings.model, settings.config
+    if not text and options.guidance > 1:
+        load_task(settings.data.name).check_negative(settings.data.folder, options.negative_prompt)
+    own = families.fixed_shift(options.folder)
+    for field, shift in ("plan.shift", config.plan.shift), ("evaluation.shift", config.evaluation.shift):
+        if own is not None and shift != own and distributed.is_first():
+            scheduler = f"{options.folder}/{families.SCHEDULER}"
+            print(f"WARNING: {field}={shift}, and {scheduler} has shift={own}: set it so, unless you mean otherwise")
     parts, params = families.load(
         options.folder,
         transformer=options.transformer,
@@ -49,7 +61,7 @@ def load_policy(
         dtype=jnp.dtype(settings.optimizer.dtype) if master and not options.lora.rank else None,
         place=lambda tree, rules: meshes.shardings(tree, rules, mesh),
     )
-    key = jax.random.key(settings.config.seed)
+    key = jax.random.key(config.seed)
     trainable = make_trainable(parts, params.pop("transformer"), options.lora, key, settings.keep_base)
     return parts, parts.family.make(parts, options), trainable, params | {"base": trainable.base}
 

@@ -20,10 +20,11 @@ RECIPE = pathlib.Path(__file__).with_name("recorded.py")  # a config's file that
 MODEL = ("model.folder", "model.transformer", "model.lora")
 KEPT = (
     *MODEL,
-    *("model.image_size", "model.text_length", "model.guidance"),
+    *("model.image_size", "model.text_length", "model.guidance", "model.negative_prompt"),
     *("seed", "data", "plan.name", "evaluation.prompts", "optimizer.name", "optimizer.dtype"),
 )
-LATER = {"model.lora.init_from": "", "plan.spacing": "trailing"}  # what the first runs had without these fields
+# What the first runs had without these fields.
+LATER = {"model.lora.init_from": "", "model.negative_prompt": "", "plan.spacing": "trailing"}
 NAMED = ("rewards", "reward_options", "averages", "terms", "plan", "objective", "select", "model.lora")  # may lack some
 
 

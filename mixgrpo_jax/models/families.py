@@ -20,7 +20,6 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from mixgrpo_jax.models.io import hub, weights
-from mixgrpo_jax.models.io.safetensors_io import read_json
 from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.policy import Policy, check_lengths
 
@@ -34,8 +33,9 @@ FAMILIES = {
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
 SHIPS = "shipped:"
-PIPELINE = "model_index.json"
-CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json", PIPELINE)  # what says which parts there are
+PIPELINE, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+# What says which parts there are, and how they are used.
+CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json", PIPELINE, SCHEDULER)
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -89,7 +89,8 @@ class Family:
       model.text_length counts.
     rules: ordered (regex, PartitionSpec): a parameter lies as the first regex says that is found in its path.
     targets: the layers that adapters are for by default, see `LoraConfig`.
-    text: (parts, tokens of a prompt, dtype) -> Text.
+    text: (parts, tokens of a prompt, dtype, negative prompt, by default "") -> Text. Raises ValueError for a negative
+      prompt where the family takes none.
     make: (parts, a config's `model` section, remat) -> Policy. `remat`, if not None, overrides the config's: a rollout
       keeps no activations, so it recomputes none. Raises ValueError for parts or settings that do not fit.
     small: configs by part of a model that is trained from scratch on small pictures.
@@ -101,7 +102,7 @@ class Family:
     parts: Mapping[str, Part]
     rules: Rules
     targets: str
-    text: Callable[["Parts", int, Any], Text]
+    text: Callable[..., Text]
     make: Callable[..., Policy]
     small: Callable[[], dict[str, Any]]
     architectures: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
@@ -282,9 +283,15 @@ def _open(
     source = hub.local(transformer, "model.transformer", *wanted) if transformer else place / "transformer"
     lacks = [] if source.exists() else [f"{source.name}/"]
     if not lacks and text:
-        lacks = _lacks(of(source), place)
+        family = of(source)
+        tokenizers = [family.encoders[name] for name in _present(family, place, text) if name in family.encoders]
+        absent = [f"{name}/" for name in tokenizers if not (place / name).is_dir()]  # optional encoders' too
+        lacks = list(dict.fromkeys([*_lacks(family, place), *absent]))
     if lacks:
-        raise ValueError(f"model.folder={str(folder)!r} has no {lacks[0]}; expected a checkpoint as diffusers saves it")
+        raise ValueError(
+            f"model.folder={str(folder)!r} has no {', '.join(lacks)}; expected a checkpoint as diffusers saves it: "
+            "fetch what it lacks"
+        )
     family = of(source)
     parts = [*(() if transformer else ("transformer",)), *_present(family, place, text or not stored)]
     files = [f"{part}/{file}" for part in parts for file in wanted]
@@ -293,7 +300,13 @@ def _open(
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:
-    return read_json(file) if (file := folder / PIPELINE).is_file() else {}
+    return weights.read_json(file) if (file := folder / PIPELINE).is_file() else {}
+
+
+def fixed_shift(folder: str | os.PathLike) -> float | None:
+    """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
+    config = weights.read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
+    return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 
 def _present(family: Family, folder: Path, text: bool) -> list[str]:

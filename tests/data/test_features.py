@@ -13,6 +13,7 @@ from mixgrpo_jax.data.features import Manifest, Split
 from mixgrpo_jax.runtime import distributed
 
 WIDTH, POOLED, LENGTH = 6, 3, 5
+SHARED = np.arange(POOLED).astype(ml_dtypes.bfloat16)
 MANIFEST = Manifest("s", "p", 10, 4, LENGTH, "keep", WIDTH, POOLED)
 
 
@@ -28,7 +29,7 @@ def elements(count=10, seed=0):
             "prompt": f"prompt {i % 7} – café",
             "metadata": {"i": i, "include": [{"class": "fox"}]},
             "length": 1 + i % LENGTH,
-            "features": {"text": random(LENGTH, WIDTH), "pooled": random(POOLED)},
+            "features": {"text": random(LENGTH, WIDTH), "pooled": random(POOLED), "negative_pooled": SHARED},
         }
         for i in range(count)
     ]
@@ -120,7 +121,7 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         split.write(0, interrupted())
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest-train.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest-train.json", features.SHARED}
     split.write(1, elements(4))
     assert split.missing() == [0, 2]
 
@@ -128,7 +129,7 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [("source", "t"), ("prompts", "q"), ("count", 11), ("shard_size", 5), ("max_length", 6), ("padding", "drop"),
-     ("text_width", 7), ("pooled_width", 4), ("dtype", "float32")],
+     ("text_width", 7), ("pooled_width", 4), ("dtype", "float32"), ("negative_prompt", "grey")],
 )  # fmt: skip
 def test_what_a_split_was_begun_with_may_not_change(tmp_path, field, value):
     split = Split(tmp_path, "train", MANIFEST)

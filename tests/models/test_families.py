@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.encode import load_encoders
+from mixgrpo_jax.engine.loading import load_policy, mesh_of
 from mixgrpo_jax.models import families, lora, lora_files, t5
 from mixgrpo_jax.models.codec import PixelCodec
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
@@ -54,7 +55,7 @@ def check(folder, config, fields):
         raise ValueError(f"{folder}: depth={fields['depth']} is not supported")
 
 
-def text(parts, length, dtype):
+def text(parts, length, dtype, negative=""):
     encoder, tokenizer = parts.configs["text_encoder"], parts.tokenizers["tokenizer"]
 
     def features(params, tokens):
@@ -175,6 +176,23 @@ def test_encoders_alone_are_those_of_the_family_that_has_such_ones(folder, tmp_p
     for name in ("text_encoder", "tokenizer"):
         (tmp_path / name).symlink_to(folder / name)
     assert families.of_encoders(tmp_path) is FAMILY
+
+
+def test_a_schedule_that_is_not_the_models_own_is_said(folder, tmp_path, capsys):
+    (copy := tmp_path / "copy").mkdir()
+    for part in folder.iterdir():
+        (copy / part.name).symlink_to(part)
+    (file := copy / families.SCHEDULER).parent.mkdir()
+    config = configs.base()
+    config.model.folder = str(copy)
+    settings = configs.resolve(config)
+    dev, schnell = dict(shift=3.0, use_dynamic_shifting=True), dict(shift=1.0, use_dynamic_shifting=False)
+    for scheduler, fields in ((dev, []), (schnell, ["plan", "evaluation"]), (dict(shift=3.0), [])):
+        file.write_text(json.dumps(scheduler))
+        load_policy(settings, mesh_of(settings))
+        said = [f"WARNING: {field}.shift=3.0, and {file} has shift=1.0: " for field in fields]
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(said) and all(map(str.startswith, lines, said))
 
 
 def test_what_is_of_no_family_is_named(folder, tmp_path, monkeypatch):

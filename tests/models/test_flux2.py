@@ -220,7 +220,7 @@ from mixgrpo_jax.runtime import hlo, mesh as meshes
 
 parts = Parts(FAMILY, FAMILY.small() | {"transformer": flux2.flux2_small(num_layers=1, num_single_layers=1)})
 options = dict(image_size=(16, 60), dtype="float32", text_length=12, attention="xla", reduce_dtype="float32")
-policy = FAMILY.make(parts, types.SimpleNamespace(**options, guidance=4.0, remat="dots"))
+policy = FAMILY.make(parts, types.SimpleNamespace(**options, guidance=4.0, negative_prompt="", remat="dots"))
 rng = np.random.default_rng(0)
 normal = lambda shape, scale=1.0: rng.normal(size=shape.shape, scale=scale).astype(np.float32)
 shapes = jax.eval_shape(lambda key: flux2.init(parts.configs["transformer"], key), jax.random.key(0))

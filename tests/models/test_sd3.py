@@ -197,7 +197,7 @@ from mixgrpo_jax.runtime import hlo, mesh as meshes
 
 parts = Parts(FAMILY, FAMILY.small() | {"transformer": sd3.sd3_small(num_layers=3, dual_attention_layers=(0,))})
 options = dict(image_size=(16, 60), dtype="float32", text_length=12, attention="xla", reduce_dtype="float32")
-policy = FAMILY.make(parts, types.SimpleNamespace(**options, guidance=4.5, remat="dots"))
+policy = FAMILY.make(parts, types.SimpleNamespace(**options, guidance=4.5, negative_prompt="", remat="dots"))
 rng = np.random.default_rng(0)
 normal = lambda shape, scale=1.0: rng.normal(size=shape.shape, scale=scale).astype(np.float32)
 shapes = jax.eval_shape(lambda key: sd3.init(parts.configs["transformer"], key), jax.random.key(0))

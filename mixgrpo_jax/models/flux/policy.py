@@ -43,7 +43,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     guidance = config.guidance if model.guidance_embeds else None
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
     options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
-    features, tokenize, limits, _ = text(parts, config.text_length, dtype)
+    features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
 
     def velocity(params, x, sigma, cond):
         return flux.apply(model, params, x, sigma, cond["text"], cond["pooled"], guidance, ids, **options)
@@ -69,13 +69,17 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
 NAMES = {"text_encoder_2": "t5", "text_encoder": "clip"}  # of the encoders' tokens
 
 
-def text(parts: Parts, length: int, dtype: Any) -> Text:
+def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
     """Prompts of `length` T5 tokens as T5 and CLIP see them.
 
     cond is {"text": T5's features [P, L, D], padding included, as FLUX attends to it; "pooled": CLIP's [P, C]}. A
     model without CLIP pools the mean over the prompt's own T5 tokens. A prompt that does not fit T5's length is
     refused, unless it is to be cut; CLIP's is always cut at its 77 tokens, as FLUX's own pipeline does.
     """
+    if negative:
+        raise ValueError(
+            f"negative_prompt={negative!r}: FLUX.1 is told a guidance scale and takes none; leave it empty"
+        )
     encoder, pooler = parts.configs.get("text_encoder_2"), parts.configs.get("text_encoder")
     limits = {"text_encoder_2": length} | ({"text_encoder": pooler.max_position_embeddings} if pooler else {})
 

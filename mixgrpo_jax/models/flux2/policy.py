@@ -33,12 +33,12 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
             f"the transformer takes {model.in_channels} channels a token, the codec makes {codec.channels}"
         )
     _check_width(parts)
-    guided = config.guidance > 1 and not (model.guidance_embeds or parts.pipeline.get("is_distilled"))
+    guided = config.guidance > 1 and not _distilled(parts)
     told = config.guidance if model.guidance_embeds else None
     ids = jnp.pad(image_ids(*codec.grid), ((0, 0), (0, 1)))
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
     options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
-    all_features, tokenize, limits, _ = text(parts, config.text_length, dtype)
+    all_features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
 
     def velocity(params, x, sigma, cond):
         def evaluate(x, sigma, cond):
@@ -70,6 +70,12 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     )
 
 
+def _distilled(parts: Parts) -> bool:
+    """Whether the model takes no classifier-free guidance: it embeds the scale, or was distilled to few steps."""
+    embeds = getattr(parts.configs.get("transformer"), "guidance_embeds", False)  # encoders may be alone
+    return embeds or bool(parts.pipeline.get("is_distilled"))
+
+
 def _check_width(parts: Parts) -> None:
     """Raises ValueError for another text encoder than the transformer's; with cached features there is none."""
     if ENCODER not in parts.configs:
@@ -89,14 +95,16 @@ def taps(encoder: Qwen3Config) -> tuple[int, ...]:
     return TAPS if count >= TAPS[-1] else (count // 4, count // 2, 3 * count // 4)
 
 
-def text(parts: Parts, length: int, dtype: Any) -> Text:
-    """Prompts as a user's words in a chat of `length` tokens, and the empty one, away from which guidance leads.
+def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
+    """Prompts as a user's words in a chat of `length` tokens, and `negative`, away from which guidance leads.
 
     cond is {"text": Qwen3's features [P, L, 3 D] at three layers side by side, padding included, as FLUX.2 attends to
-    it; and "negative_text", the same of the empty prompt, encoded once}. A prompt whose chat does not fit is refused,
-    unless it is to be cut.
+    it; and "negative_text", the same of the negative one, encoded once}. A prompt whose chat does not fit is refused,
+    unless it is to be cut. Raises ValueError for a negative prompt of a distilled model.
     """
     encoder, tokenizer = parts.configs.get(ENCODER), parts.tokenizers.get(TOKENIZER)
+    if negative and _distilled(parts):
+        raise ValueError(f"negative_prompt={negative!r}: this model is distilled and takes none; leave it empty")
 
     def encode(params, tokens):
         given = tokens["ids"], tokens["mask"]
@@ -107,10 +115,8 @@ def text(parts: Parts, length: int, dtype: Any) -> Text:
 
     def tokenize(prompts, cut=False):
         tokens = {}
-        for prefix, words in (("", list(prompts)), (guidance.NEGATIVE, [""])):
-            given = qwen3.tokenize(tokenizer, words, length, cut)
-            times = len(prompts) // len(words)
-            tokens |= {prefix + name: np.repeat(a, times, axis=0) for name, a in zip(("ids", "mask"), given)}
+        for name, rows in zip(("ids", "mask"), qwen3.tokenize(tokenizer, [*prompts, negative], length, cut)):
+            tokens |= {name: rows[:-1], guidance.NEGATIVE + name: np.repeat(rows[-1:], len(prompts), axis=0)}
         return tokens
 
     return Text(features, tokenize, {ENCODER: length}, functools.partial(qwen3.chats, tokenizer))

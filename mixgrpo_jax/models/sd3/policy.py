@@ -55,7 +55,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     scale, guided = config.guidance, config.guidance > 1
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
     options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
-    all_features, tokenize, limits, _ = text(parts, config.text_length, dtype)
+    all_features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
     clips = limits["text_encoder"]
 
     def velocity(params, x, sigma, cond):
@@ -91,11 +91,11 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     )
 
 
-def text(parts: Parts, length: int, dtype: Any) -> Text:
-    """Prompts as CLIP-L, CLIP-G and `length` tokens of T5 see them, and the empty one, away from which guidance leads.
+def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
+    """Prompts as CLIP-L, CLIP-G and `length` tokens of T5 see them, and `negative`, away from which guidance leads.
 
     cond is {"text": [P, 77 + L, D], CLIP's features before the last block side by side, filled up with zeros to T5's
-    width, then T5's, padding included; "pooled": [P, C], both CLIPs' side by side; and the same of the empty prompt,
+    width, then T5's, padding included; "pooled": [P, C], both CLIPs' side by side; and the same of the negative one,
     encoded once, as "negative_text" and "negative_pooled"}. Zeros stand in the place of a T5 that is not there.
 
     A prompt that does not fit T5's length, or without T5 CLIP's, is refused, unless it is to be cut; beside T5, CLIP's
@@ -123,10 +123,9 @@ def text(parts: Parts, length: int, dtype: Any) -> Text:
     def tokenize(prompts, cut=False):
         first, tokens = next(iter(limits)), {}
         for name, limit in limits.items():
-            tokens[NAMES[name]] = parts.token_ids(name, prompts, limit, cut or name != first)
-            tokens[guidance.NEGATIVE + NAMES[name]] = np.repeat(
-                parts.token_ids(name, [""], limit, True), len(prompts), axis=0
-            )
+            *ids, of_negative = parts.token_ids(name, [*prompts, negative], limit, cut or name != first)
+            tokens[NAMES[name]] = np.stack(ids)
+            tokens[guidance.NEGATIVE + NAMES[name]] = np.stack([of_negative] * len(ids))
         return tokens
 
     return Text(features, tokenize, limits)
