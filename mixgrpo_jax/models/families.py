@@ -20,7 +20,6 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from mixgrpo_jax.models.io import hub, weights
-from mixgrpo_jax.models.io.safetensors_io import read_json
 from mixgrpo_jax.models.io.transformer import Transformer
 from mixgrpo_jax.models.policy import Policy, check_lengths
 
@@ -35,13 +34,8 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "signs"
 SHIPS = "shipped:"
 PIPELINE, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-CONFIGS = (
-    "config.json",
-    "*/config.json",
-    "*/tokenizer_config.json",
-    PIPELINE,
-    SCHEDULER,
-)  # what says which parts there are
+# What says which parts there are, and how they are used.
+CONFIGS = ("config.json", "*/config.json", "*/tokenizer_config.json", PIPELINE, SCHEDULER)
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -306,7 +300,7 @@ def _open(
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:
-    return read_json(file) if (file := folder / PIPELINE).is_file() else {}
+    return weights.read_json(file) if (file := folder / PIPELINE).is_file() else {}
 
 
 def _present(family: Family, folder: Path, text: bool) -> list[str]:

@@ -33,7 +33,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
             f"the transformer takes {model.in_channels} channels a token, the codec makes {codec.channels}"
         )
     _check_width(parts)
-    guided = config.guidance > 1 and not (model.guidance_embeds or parts.pipeline.get("is_distilled"))
+    guided = config.guidance > 1 and not _distilled(parts)
     told = config.guidance if model.guidance_embeds else None
     ids = jnp.pad(image_ids(*codec.grid), ((0, 0), (0, 1)))
     options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
@@ -70,6 +70,12 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     )
 
 
+def _distilled(parts: Parts) -> bool:
+    """Whether the model takes no classifier-free guidance: it embeds the scale, or was distilled to few steps."""
+    embeds = getattr(parts.configs.get("transformer"), "guidance_embeds", False)  # encoders may be alone
+    return embeds or bool(parts.pipeline.get("is_distilled"))
+
+
 def _check_width(parts: Parts) -> None:
     """Raises ValueError for another text encoder than the transformer's; with cached features there is none."""
     if ENCODER not in parts.configs:
@@ -94,13 +100,11 @@ def text(parts: Parts, length: int, dtype: Any, negative: str = "") -> Text:
 
     cond is {"text": Qwen3's features [P, L, 3 D] at three layers side by side, padding included, as FLUX.2 attends to
     it; and "negative_text", the same of the negative one, encoded once}. A prompt whose chat does not fit is refused,
-    unless it is to be cut. Raises ValueError for a negative prompt of a transformer that is told the scale.
+    unless it is to be cut. Raises ValueError for a negative prompt of a distilled model.
     """
     encoder, tokenizer = parts.configs.get(ENCODER), parts.tokenizers.get(TOKENIZER)
-    if negative and getattr(parts.configs.get("transformer"), "guidance_embeds", False):
-        raise ValueError(
-            f"negative_prompt={negative!r}: this transformer is told a guidance scale and takes none; leave it empty"
-        )
+    if negative and _distilled(parts):
+        raise ValueError(f"negative_prompt={negative!r}: this model is distilled and takes none; leave it empty")
 
     def encode(params, tokens):
         given = tokens["ids"], tokens["mask"]
