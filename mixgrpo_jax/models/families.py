@@ -327,7 +327,7 @@ def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapp
 
 def fixed_shift(folder: str | os.PathLike) -> float | None:
     """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
-    config = read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
+    config = weights.read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
     return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 
