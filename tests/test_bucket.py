@@ -165,6 +165,7 @@ def test_features_are_written_and_read(bucket):
         test_features.assert_same(dataset[i], expected)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_evaluated(bucket, small_policy, capfd):
     workdir = f"{URL}/run"
     train.train(fast(small_policy, 1), workdir)

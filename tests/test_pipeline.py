@@ -163,6 +163,7 @@ def test_trained_on_cached_features_and_exported_to_diffusers(pipeline, folder, 
     assert np.abs(ours - before).max() >= 2
 
 
+@pytest.mark.slow
 def test_hybrid_sampling_takes_the_last_steps_with_the_base(folder, tmp_path):
     config = settings(folder)
     config.model.lora.rank, config.model.lora.base = 4, "float32"

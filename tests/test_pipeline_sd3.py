@@ -182,6 +182,7 @@ def test_an_evaluation_with_guidance_counts_twice_and_is_that_of_two_calls(folde
     np.testing.assert_allclose(v, without + GUIDANCE * (with_text - without), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_trained_on_cached_features_with_guidance_and_exported_to_diffusers(pipeline, folder, noise, tmp_path, rank):
     encode_signs(folder, tmp_path / "features")

@@ -42,6 +42,7 @@ def test_the_loss_is_that_of_flow_matching_at_shifted_noise_levels(small):
     assert sigma.min() > 0 and sigma.max() < 1
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_a_checkpoint_with_its_card(small, small_policy, tmp_path, monkeypatch):
     parts, _, policy = small
     monkeypatch.setattr(families, "small_parts", lambda folder, tokenizer: parts)

@@ -248,5 +248,6 @@ for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 2, "context": 2, "tensor": 2}):
 """
 
 
+@pytest.mark.slow
 def test_guided_gradients_on_a_mesh_are_those_of_one_device_and_no_sample_moves():
     assert float(run_program(ON_EIGHT, **virtual_devices(8))) == 0

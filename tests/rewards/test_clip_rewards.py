@@ -162,6 +162,7 @@ def test_a_batch_is_scored_as_its_pictures_one_by_one(tmp_path, tokenizer):
     np.testing.assert_allclose(scores(reward), apart, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pictures_that_are_sharded_over_a_batch_score_the_same():
     code = """
         import jax, numpy as np

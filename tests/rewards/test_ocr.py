@@ -142,6 +142,7 @@ def test_dense_tells_misread_pictures_apart():
     assert len(set(dense[-1])) == BATCH and ocr.score(mixed[-1], [], metadata).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_dense_has_the_gradient_of_its_values():
     images, metadata = photographs(2)
     own = ocr.ocr_dense().differentiable
