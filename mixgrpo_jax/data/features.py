@@ -158,9 +158,9 @@ class Split:
             replaced(self.path(shard)) as draft,
             contextlib.closing(ArrayRecordWriter(str(draft), "group_size:1,uncompressed")) as writer,
         ):
-            for element in elements:
+            for index, element in enumerate(elements):
                 shared = {name: a for name, a in element["features"].items() if name not in OWN}
-                if shared and shard == 0 and not self.shared.exists():
+                if shared and shard == index == 0 and not self.shared.exists():
                     with replaced(self.shared) as file:
                         write_safetensors(file, shared)
                 writer.write(record.serialize_example(_encode(element, self.manifest)))

@@ -49,11 +49,6 @@ def load_policy(
     options, config = settings.model, settings.config
     if not text and options.guidance > 1:
         load_task(settings.data.name).check_negative(settings.data.folder, options.negative_prompt)
-    own = families.fixed_shift(options.folder)
-    for field, shift in ("plan.shift", config.plan.shift), ("evaluation.shift", config.evaluation.shift):
-        if own is not None and shift != own and distributed.is_first():
-            scheduler = f"{options.folder}/{families.SCHEDULER}"
-            print(f"WARNING: {field}={shift}, and {scheduler} has shift={own}: set it so, unless you mean otherwise")
     parts, params = families.load(
         options.folder,
         transformer=options.transformer,
@@ -61,6 +56,11 @@ def load_policy(
         dtype=jnp.dtype(settings.optimizer.dtype) if master and not options.lora.rank else None,
         place=lambda tree, rules: meshes.shardings(tree, rules, mesh),
     )
+    own = parts.fixed_shift
+    for field, shift in ("plan.shift", config.plan.shift), ("evaluation.shift", config.evaluation.shift):
+        if own is not None and shift != own and distributed.is_first():
+            scheduler = f"{options.folder}/{families.SCHEDULER}"
+            print(f"WARNING: {field}={shift}, and {scheduler} has shift={own}: set it so, unless you mean otherwise")
     key = jax.random.key(config.seed)
     trainable = make_trainable(parts, params.pop("transformer"), options.lora, key, settings.keep_base)
     return parts, parts.family.make(parts, options), trainable, params | {"base": trainable.base}

@@ -121,6 +121,17 @@ class VAECodec:
         return _scaled(vae.decode(self.config, params, latents, self.dtype))
 
 
+def codec_for(config: vae.VAEConfig | None, image_size: tuple[int, int], dtype: Any, channels: int) -> Codec:
+    """The autoencoder's latent space for pictures of this size; without one, folded pixels.
+
+    Raises ValueError where its tokens have other channels than the transformer takes.
+    """
+    codec: Codec = PixelCodec(image_size) if config is None else VAECodec(config, image_size, dtype)
+    if codec.channels != channels:
+        raise ValueError(f"the transformer takes {channels} channels a token, the codec makes {codec.channels}")
+    return codec
+
+
 def _check_divides(image_size: tuple[int, int], sides: tuple[int, int]) -> None:
     for size, side, axis in zip(image_size, sides, ("rows", "columns")):
         if size % side:

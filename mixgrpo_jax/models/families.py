@@ -123,13 +123,19 @@ class Family:
 class Parts:
     """The architectures of the parts that a checkpoint has, and its tokenizers, by their folders' names.
 
-    `pipeline` is what model_index.json says of them, where there is one.
+    `pipeline` is what model_index.json says of them, and `scheduler` its config, where there is one.
     """
 
     family: Family
     configs: Mapping[str, Any]
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fixed_shift(self) -> float | None:
+        """The shift that the checkpoint's own scheduler has for pictures of any size, or None."""
+        return None if self.scheduler.get("use_dynamic_shifting") else self.scheduler.get("shift")
 
     @property
     def table(self) -> Sequence[weights.Rule]:
@@ -259,7 +265,7 @@ def load(
     for name in _present(family, folder, text):
         configs[name], host = family.parts[name].model.load_folder(folder / name)
         params[name] = host if places is None else jax.device_put(host, places(host))
-    return Parts(family, configs, read_tokenizers(family, folder, configs), _pipeline(folder)), params
+    return Parts(family, configs, read_tokenizers(family, folder, configs), *_usage(folder)), params
 
 
 def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
@@ -268,7 +274,7 @@ def read_parts(folder: str | os.PathLike, transformer: str = "") -> Parts:
     present = _present(family, folder, text=True)
     configs = {name: family.parts[name].model.read_config(folder / name) for name in present}
     configs = {"transformer": family.transformer.read_config(source)} | configs
-    return Parts(family, configs, read_tokenizers(family, folder, configs), _pipeline(folder))
+    return Parts(family, configs, read_tokenizers(family, folder, configs), *_usage(folder))
 
 
 def _open(
@@ -296,11 +302,13 @@ def _open(
     parts = [*(() if transformer else ("transformer",)), *_present(family, place, text or not stored)]
     files = [f"{part}/{file}" for part in parts for file in wanted]
     files += [f"{family.encoders[name]}/{file}" for name in parts if name in family.encoders for file in hub.TOKENIZER]
-    return family, source, find(folder, *files, PIPELINE)
+    return family, source, find(folder, *files, PIPELINE, SCHEDULER)
 
 
-def _pipeline(folder: Path) -> dict[str, Any]:
-    return weights.read_json(file) if (file := folder / PIPELINE).is_file() else {}
+def _usage(folder: Path) -> tuple[dict[str, Any], ...]:
+    """What the folder says of its pipeline, and of its scheduler; of what is not there, nothing."""
+    files = (folder / PIPELINE, folder / SCHEDULER)
+    return tuple(weights.read_json(file) if file.is_file() else {} for file in files)
 
 
 def _present(family: Family, folder: Path, text: bool) -> list[str]:
@@ -323,12 +331,6 @@ def read_tokenizers(family: Family, folder: Path, encoders: Sequence[str] | Mapp
                 f"{folder / name} holds no tokenizer that can be read ({error}): fetch it again"
             ) from error
     return found
-
-
-def fixed_shift(folder: str | os.PathLike) -> float | None:
-    """The shift that a checkpoint's own scheduler has for pictures of any size, or None."""
-    config = weights.read_json(file) if (file := find(folder) / SCHEDULER).is_file() else {}
-    return None if config.get("use_dynamic_shifting") else config.get("shift")
 
 
 def save(folder: str | os.PathLike, parts: Parts, params: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -48,6 +49,13 @@ class Policy:
     def pixels(self, params: Any, tokens: Array) -> Array:
         """Packed latents [B, S, C] -> pictures [B, H, W, 3] fp32 from 0 to 255, differentiable: see `Codec.pixels`."""
         return self.codec.pixels(params.get("vae"), tokens)
+
+
+def apply_options(config: Any, remat: str | None) -> dict[str, Any]:
+    """How a transformer's `apply` computes, by a config's `model` section; `remat`, if not None, overrides its own."""
+    reduce_dtype = None if remat == "none" else jnp.dtype(config.reduce_dtype)  # such programs have no gradients
+    policy = config.remat if remat is None else remat
+    return dict(dtype=jnp.dtype(config.dtype), remat=policy, attention=config.attention, reduce_dtype=reduce_dtype)
 
 
 def check_lengths(prompts: Sequence[str], rows: Sequence[Sequence[int]], limit: int) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear
-from mixgrpo_jax.models.nn.streams import MLP_RATIO, Heads, Stream, TwoStreams, chunks, mutual, stack
+from mixgrpo_jax.models.nn.streams import MLP_RATIO, Heads, Stream, TwoStreams, chunks, mutual, scales, stack
 
 Params = dict[str, Any]
 
@@ -180,14 +180,8 @@ def apply(
     Raises:
       ValueError: `guidance` does not fit config.guidance_embeds, or `remat` or `attention` is unknown.
     """
-    if (guidance is not None) != config.guidance_embeds:
-        need = "a guidance scale" if config.guidance_embeds else "guidance=None"
-        raise ValueError(f"guidance={guidance} with guidance_embeds={config.guidance_embeds}: pass {need}")
+    timestep, guidance = scales(timestep, guidance, len(x), config.guidance_embeds)
     model = nnx.merge(_graphdef(config), params)
-    batch = (x.shape[0],)
-    timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
-    if guidance is not None:
-        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), batch)
     if text_ids is None:
         text_ids = jnp.zeros((text.shape[1], 3))
     ids = jnp.concatenate([text_ids, image_ids]).astype(jnp.float32)

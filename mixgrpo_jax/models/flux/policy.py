@@ -9,40 +9,26 @@ from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.models import flux, t5, vae
 from mixgrpo_jax.models.clip import text as clip
-from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
+from mixgrpo_jax.models.codec import codec_for
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
 from mixgrpo_jax.models.nn import placement
 from mixgrpo_jax.models.nn.patches import image_ids
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Policy, apply_options
 from mixgrpo_jax.models.vae import VAEConfig
 
 
 def flux1_vae() -> VAEConfig:
     """The autoencoder of FLUX.1: 83.8 M parameters, 16 latent channels."""
-    return VAEConfig(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        sample_size=1024,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return vae.vae_16(scaling_factor=0.3611, shift_factor=0.1159)
 
 
 def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     """The policy of these parts, see `Family.make`. Guidance is ignored by models without its embedding."""
     model, size, dtype = parts.configs["transformer"], tuple(config.image_size), jnp.dtype(config.dtype)
-    codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
-    if codec.channels != model.in_channels:
-        raise ValueError(
-            f"the transformer takes {model.in_channels} channels a token, the codec makes {codec.channels}"
-        )
+    codec = codec_for(parts.configs.get("vae"), size, dtype, model.in_channels)
     ids = image_ids(*codec.grid)
     guidance = config.guidance if model.guidance_embeds else None
-    options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
-    options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
+    options = apply_options(config, remat)
     features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
 
     def velocity(params, x, sigma, cond):

@@ -14,7 +14,7 @@ from flax import nnx
 from mixgrpo_jax.models.nn import layers
 from mixgrpo_jax.models.nn.layers import ZEROS, Embedder, Linear, RMSNorm
 from mixgrpo_jax.models.nn.products import gathered
-from mixgrpo_jax.models.nn.streams import Heads, Stream, TwoStreams, chunks, mutual, stack
+from mixgrpo_jax.models.nn.streams import Heads, Stream, TwoStreams, chunks, mutual, scales, stack
 
 Params = dict[str, Any]
 
@@ -228,14 +228,8 @@ def apply(
     Raises:
       ValueError: `guidance` does not fit config.guidance_embeds, or `remat` or `attention` is unknown.
     """
-    if (guidance is not None) != config.guidance_embeds:
-        need = "a guidance scale" if config.guidance_embeds else "guidance=None"
-        raise ValueError(f"guidance={guidance} with guidance_embeds={config.guidance_embeds}: pass {need}")
+    timestep, guidance = scales(timestep, guidance, len(x), config.guidance_embeds)
     model = nnx.merge(_graphdef(config), params)
-    batch = (x.shape[0],)
-    timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), batch)
-    if guidance is not None:
-        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), batch)
     if text_ids is None:
         text_ids = jnp.pad(jnp.arange(text.shape[1])[:, None], ((0, 0), (AXES - 1, 0)))
     ids = jnp.concatenate([text_ids, image_ids]).astype(jnp.float32)

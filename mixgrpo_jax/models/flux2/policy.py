@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.models import flux2, qwen3, vae
-from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
+from mixgrpo_jax.models.codec import codec_for
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
 from mixgrpo_jax.models.nn import guidance, placement
 from mixgrpo_jax.models.nn.patches import image_ids
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Policy, apply_options
 from mixgrpo_jax.models.qwen3 import Qwen3Config
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
@@ -27,17 +27,12 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     velocity, but of models that were distilled to few steps, which ignore it.
     """
     model, size, dtype = parts.configs["transformer"], tuple(config.image_size), jnp.dtype(config.dtype)
-    codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
-    if codec.channels != model.in_channels:
-        raise ValueError(
-            f"the transformer takes {model.in_channels} channels a token, the codec makes {codec.channels}"
-        )
+    codec = codec_for(parts.configs.get("vae"), size, dtype, model.in_channels)
     _check_width(parts)
     guided = config.guidance > 1 and not _distilled(parts)
     told = config.guidance if model.guidance_embeds else None
     ids = jnp.pad(image_ids(*codec.grid), ((0, 0), (0, 1)))
-    options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
-    options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
+    options = apply_options(config, remat)
     all_features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
 
     def velocity(params, x, sigma, cond):
@@ -48,7 +43,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
 
     def features(params, tokens):
         cond = all_features(params, tokens)
-        return cond if guided else {"text": cond["text"]}
+        return cond if guided else guidance.own(cond)
 
     def token_shapes(prompts):
         shape = jax.ShapeDtypeStruct((prompts, limits[ENCODER]), jnp.int32)

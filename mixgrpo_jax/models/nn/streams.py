@@ -153,3 +153,20 @@ def stack(block: Any, count: int, rngs: nnx.Rngs) -> Any:
 def chunks(modulation: jax.Array, count: int) -> list[jax.Array]:
     """The vectors of a modulation [B, count D], each [B, 1, D]."""
     return jnp.split(modulation[:, None], count, axis=-1)
+
+
+def scales(
+    timestep: jax.Array | float, guidance: jax.Array | float | None, batch: int, guidance_embeds: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Time and guidance scale of each sample, [B] in fp32; guidance is None for a model that does not embed it.
+
+    Raises ValueError for a scale that the model does not take, or none that it needs.
+    """
+    if (guidance is not None) != guidance_embeds:
+        need = "a guidance scale" if guidance_embeds else "guidance=None"
+        raise ValueError(f"guidance={guidance} with guidance_embeds={guidance_embeds}: pass {need}")
+
+    def by_sample(a: jax.Array | float) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(a, jnp.float32), (batch,))
+
+    return by_sample(timestep), None if guidance is None else by_sample(guidance)

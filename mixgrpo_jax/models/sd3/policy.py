@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from mixgrpo_jax.models import sd3, t5, vae
 from mixgrpo_jax.models.clip import text as clip
-from mixgrpo_jax.models.codec import Codec, PixelCodec, VAECodec
+from mixgrpo_jax.models.codec import codec_for
 from mixgrpo_jax.models.families import Family, Part, Parts, Text
 from mixgrpo_jax.models.nn import guidance, placement
-from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.models.policy import Policy, apply_options
 from mixgrpo_jax.models.vae import VAEConfig
 
 NAMES = {"text_encoder_3": "t5", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # of the encoders' tokens
@@ -23,24 +23,13 @@ T5 = "text_encoder_3"
 
 def sd3_vae() -> VAEConfig:
     """The autoencoder of Stable Diffusion 3: 83.8 M parameters, 16 latent channels."""
-    return VAEConfig(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        sample_size=1024,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return vae.vae_16(scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
     """The policy of these parts, see `Family.make`. Guidance of a scale above 1 is part of its velocity."""
     model, size, dtype = parts.configs["transformer"], tuple(config.image_size), jnp.dtype(config.dtype)
-    codec: Codec = VAECodec(parts.configs["vae"], size, dtype) if "vae" in parts.configs else PixelCodec(size)
-    if codec.channels != model.channels:
-        raise ValueError(f"the transformer takes {model.channels} channels a token, the codec makes {codec.channels}")
+    codec = codec_for(parts.configs.get("vae"), size, dtype, model.channels)
     encoders = parts.configs  # which are not read where the data have the features
     wide = encoders[T5].d_model if T5 in encoders else model.joint_attention_dim
     pooled = [encoders[name].projection_dim or 0 for name in CLIPS if name in encoders]
@@ -52,9 +41,8 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
             raise ValueError(
                 f"the transformer takes text of {ours} channels, and {of} gives {theirs}: of another model?"
             )
-    scale, guided = config.guidance, config.guidance > 1
-    options: Any = dict(dtype=dtype, remat=config.remat if remat is None else remat, attention=config.attention)
-    options |= dict(reduce_dtype=None if remat == "none" else jnp.dtype(config.reduce_dtype))
+    guided = config.guidance > 1
+    options = apply_options(config, remat)
     all_features, tokenize, limits, _ = text(parts, config.text_length, dtype, config.negative_prompt)
     clips = limits["text_encoder"]
 
@@ -62,11 +50,11 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
         def evaluate(x, sigma, cond):
             return sd3.apply(model, params, x, sigma, cond["text"], cond["pooled"], codec.grid, **options)
 
-        return guidance.guided(evaluate, scale, x, sigma, cond) if guided else evaluate(x, sigma, cond)
+        return guidance.guided(evaluate, config.guidance, x, sigma, cond) if guided else evaluate(x, sigma, cond)
 
     def features(params, tokens):
         cond = all_features(params, tokens)
-        return cond if guided else {name: cond[name] for name in ("text", "pooled")}
+        return cond if guided else guidance.own(cond)
 
     def token_shapes(prompts):
         shapes = {NAMES[name]: jax.ShapeDtypeStruct((prompts, limit), jnp.int32) for name, limit in limits.items()}
@@ -78,7 +66,6 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
         sizes = guidance.doubled(sizes) if guided else sizes
         return {name: jax.ShapeDtypeStruct((prompts, *size), jnp.bfloat16) for name, size in sizes.items()}
 
-    evaluations = 2 if guided else 1
     return Policy(
         velocity=velocity,
         features=features,
@@ -87,7 +74,7 @@ def make(parts: Parts, config: Any, remat: str | None = None) -> Policy:
         cond_shapes=cond_shapes,
         codec=codec,
         flops=sd3.flops(model, int(np.prod(codec.grid)), clips + config.text_length),
-        evaluations=evaluations,
+        evaluations=2 if guided else 1,
     )
 
 

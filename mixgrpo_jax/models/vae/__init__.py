@@ -9,6 +9,7 @@ from mixgrpo_jax.models.vae.model import (
     restore,
     standardise,
     to_latents,
+    vae_16,
     vae_tiny,
 )
 from mixgrpo_jax.models.vae.tiling import tiled_decode
@@ -27,5 +28,6 @@ __all__ = [
     "standardise",
     "tiled_decode",
     "to_latents",
+    "vae_16",
     "vae_tiny",
 ]

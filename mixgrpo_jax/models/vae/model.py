@@ -73,6 +73,20 @@ def vae_tiny(**overrides) -> VAEConfig:
     return VAEConfig(**(sizes | overrides))
 
 
+def vae_16(scaling_factor: float, shift_factor: float) -> VAEConfig:
+    """An autoencoder of 16 latent channels, as FLUX.1 and Stable Diffusion 3 have it: 83.8 M parameters."""
+    return VAEConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def flux2_vae() -> VAEConfig:
     """The autoencoder of FLUX.2: 84.0 M parameters, 32 latent channels; the defaults of AutoencoderKLFlux2."""
     return VAEConfig(
