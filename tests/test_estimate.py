@@ -40,7 +40,7 @@ def test_the_shipped_policy_fits_and_costs_what_it_should(tmp_path, topology, de
         plan = result["schedule"][phase]
         assert plan["seconds"]["0.6"]["total"] > max(result["seconds_per_iteration"][phase].values())
         assert 0 < plan["utilisation"]["0.6"]["without recomputation"] < 1
-        assert len(plan["costliest"]) == 10 and any("mixgrpo_jax/models/" in i["place"] for i in plan["costliest"])
+        assert len(plan["costliest"]) == 10 and any("nn/streams.py:" in i["place"] for i in plan["costliest"])
     assert set(result["schedule"]) == set(result["bytes_per_device"]) and "by the schedule it takes" in text
 
 

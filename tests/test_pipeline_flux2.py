@@ -22,7 +22,7 @@ from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.sample import sample
 from mixgrpo_jax.train import train
 from tests.models.test_qwen3 import chat_tokenizer
-from tests.test_pipeline import PROMPTS, SIZE, STEPS, encode_signs, tokenizer
+from tests.test_pipeline import PROMPTS, SIZE, STEPS, encode_signs
 
 LENGTH, WIDTH = 40, 16
 GUIDANCE = 4.0
@@ -237,15 +237,6 @@ def test_a_prompt_whose_chat_does_not_fit_is_refused(folder):
     parts = families.read_parts(folder)
     with pytest.raises(ValueError, match=r"4270.* the model takes 12"):
         parts.family.text(parts, 12, jnp.float32).tokenize(PROMPTS)
-
-
-def test_the_small_family_draws_without_a_vae():
-    parts = families.Parts(FAMILY, FAMILY.small(), dict.fromkeys(FAMILY.encoders.values(), tokenizer(32)))
-    policy = FAMILY.make(parts, configs.resolve(configs.base()).model)
-    shapes = families.shapes(parts, text=True)
-    cond = jax.eval_shape(policy.features, shapes, policy.tokenize(PROMPTS))
-    v = jax.eval_shape(policy.velocity, shapes["transformer"], jnp.zeros((2, *policy.latent_shape)), 0.5, cond)
-    assert v.shape == (2, *policy.latent_shape)
 
 
 def test_a_released_model_is_known_by_its_name():

@@ -17,7 +17,6 @@ from mixgrpo_jax.data import features as store
 from mixgrpo_jax.encode import encode
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.nn.patches import unpack
-from mixgrpo_jax.models.sd3.policy import FAMILY
 from mixgrpo_jax.runtime import metrics
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
@@ -275,12 +274,3 @@ def test_a_folder_that_lacks_a_part_is_refused(folder, tmp_path, lacking, messag
             (tmp_path / part.name).symlink_to(part)
     with pytest.raises(ValueError, match=rf"model\.folder='{tmp_path}' {message}.*fetch what it lacks"):
         families.load(tmp_path)
-
-
-def test_the_small_family_draws_without_a_vae():
-    parts = families.Parts(FAMILY, FAMILY.small(), dict.fromkeys(FAMILY.encoders.values(), tokenizer(32)))
-    policy = FAMILY.make(parts, configs.resolve(configs.base()).model)
-    shapes = families.shapes(parts, text=True)
-    cond = jax.eval_shape(policy.features, shapes, policy.tokenize(PROMPTS))
-    v = jax.eval_shape(policy.velocity, shapes["transformer"], jnp.zeros((2, *policy.latent_shape)), 0.5, cond)
-    assert v.shape == (2, *policy.latent_shape)

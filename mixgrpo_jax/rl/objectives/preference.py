@@ -75,8 +75,8 @@ class DPO(Preference):
 
     Diffusion-APO (arXiv 2605.07503) is noise="rollout", an approximation: published is that noise and times come from
     the paths of inference and not from independent draws, and no formula. Here eps is the noise that the sample was
-    drawn from, and x_t lies on the line between them; its anchoring, offline and distillation parts are left out. By
-    this choice a small policy did not learn what it learned by DPO, bright pictures: a sample's noise leads back to it.
+    drawn from, and x_t lies on the line between them; its anchoring, offline and distillation parts are left out. A
+    small policy did not learn to draw brighter pictures so; by DPO it did. The noise of a sample leads back to it.
 
     Attributes:
       beta: how sharp preferences are, of errors that are averaged over elements.
