@@ -97,6 +97,11 @@ class HeldOut:
         self.elements = [dataset[i] for i in range(self.options.prompts)]
         self.prompts = [element["prompt"] for element in self.elements]
         self.metadata = [element["metadata"] for element in self.elements]
+        if settings.data.name != "features":  # whose lengths were checked as they were encoded
+            try:
+                policy.tokenize(self.prompts)
+            except ValueError as error:
+                raise ConfigError(f"model.text_length={settings.model.text_length}: {error}") from None
         self.groups = [self.task.groups(metadata) for metadata in self.metadata]
         # apart from every iteration's
         self.key = jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 1)

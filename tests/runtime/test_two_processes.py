@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.runtime.mesh import virtual_devices
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,28 @@ if config.model.lora.rank:
     assert sample.sample(config, workdir, ["a red sign that says 1 in blue"] * 3).shape == (3, 16, 48, 3)
 """
 
+RESAVE = """
+import sys
+import jax
+from mixgrpo_jax import config as configs, train
+from mixgrpo_jax.engine.loading import host_state, mesh_of, restore_run
+from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
+
+distributed.initialize()
+workdir, target, folder = sys.argv[1:]
+config = configs.load("mixgrpo", "configs/any.py")
+config.model.folder, config.mesh.data, config.mesh.fsdp = folder, 1, -1
+settings = configs.resolve(config)
+mesh = mesh_of(settings)
+with jax.set_mesh(mesh):
+    parts, collector, held_out, state = train._set_up(settings, mesh)
+    found, planned = restore_run(Checkpoints(workdir), state, settings.planner.initial(), parts.table)
+    assert found.params["time_embed"]["fc1"]["kernel"].sharding.num_devices == jax.device_count()
+    checkpoints = Checkpoints(target, every=1)
+    checkpoints.save(finished(planned.iteration, found, host_state(planned)), force=True)
+    checkpoints.close()
+"""
 
 SCORING = """
 import jax, numpy as np
@@ -78,13 +102,13 @@ def run(workdir, folder, processes, rank=0, off_policy=False):
     return lines(workdir), said
 
 
-def start(program, workdir, processes, *arguments):
-    """What each of so many processes of eight devices together says of a program; their logs are beside `workdir`."""
+def start(program, workdir, processes, *arguments, devices=8):
+    """What each of so many processes of some devices together says of a program; their logs are beside `workdir`."""
     command = [sys.executable, "-c", program, *arguments]
     started = []
     try:
         for index, told in enumerate(distributed.on_loopback(processes)):
-            env = os.environ | virtual_devices(8 // processes) | told
+            env = os.environ | virtual_devices(devices // processes) | told
             log = (pathlib.Path(workdir).parent / f"{pathlib.Path(workdir).name}-{index}.log").open("w")
             started.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log), log.name))
         for process, log in started:
@@ -134,13 +158,29 @@ def test_each_process_scores_its_rows_and_all_have_values_and_maps(tmp_path, pro
     assert [text.splitlines()[-1] for text in said] == [f"{16 // processes} scored here"] * processes
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_checkpoint_is_for_any_number_of_processes(straight, small_policy, tmp_path, first, then):
+def test_a_run_goes_on_by_another_number_of_processes(straight, small_policy, tmp_path):
     workdir = tmp_path / "resumed"
-    shutil.copytree(straight[0][first], workdir)
+    shutil.copytree(straight[0][2], workdir)
     shutil.rmtree(workdir / "checkpoints" / "3")
-    resumed, _ = run(workdir, small_policy, then)
-    assert_close(resumed, lines(straight[0][first]))
+    resumed, _ = run(workdir, small_policy, 1)
+    assert_close(resumed, lines(straight[0][2]))
+
+
+def test_a_state_is_the_same_bits_on_one_device_on_eight_on_two_processes_and_on_one_again(
+    straight, small_policy, tmp_path
+):
+    chain = [straight[0][2]]
+    for devices, processes in ((1, 1), (8, 1), (8, 2), (1, 1)):
+        chain.append(tmp_path / f"{len(chain)}")
+        start(RESAVE, chain[-1], processes, *map(str, (*chain[-2:], small_policy)), devices=devices)
+    states = [Checkpoints(workdir)._manager.restore(3)["state"] for workdir in chain]
+    first, *others = [jax.tree_util.tree_leaves_with_path(state) for state in states]
+    assert len(first) > 100
+    for leaves in others:
+        assert [path for path, _ in leaves] == [path for path, _ in first]
+        assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(first, leaves))
+    hosts = [Checkpoints(workdir).restore_host() for workdir in chain]
+    assert all(host == hosts[0] for host in hosts)
 
 
 def test_two_processes_train_adapters_evaluate_and_sample(small_policy, tmp_path):
