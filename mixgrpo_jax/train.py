@@ -45,7 +45,7 @@ from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.select import Replay
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
+from mixgrpo_jax.runtime import app, boards, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
 from mixgrpo_jax.runtime.files import Path, locked, place
@@ -59,7 +59,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, np.ndarray]:
     Of several processes, each must find `workdir` at the same place.
     """
     settings = configs.resolve(config)
-    metrics.check_wandb(settings.config.wandb)
+    boards.check(settings.config.wandb)
     mesh, workdir = mesh_of(settings), place(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     notice = Notice()

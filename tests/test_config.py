@@ -495,4 +495,9 @@ def test_help_comes_without_matplotlib_and_what_only_rewards_and_tasks_need():
     assert not set(run_program(program).split()) & heavy
     command = [sys.executable, "-m", "mixgrpo_jax.train", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "--workdir" in done.stdout and "Post-train a policy" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--workdir" in done.stdout and done.stdout.startswith("Post-train a policy")
+    assert "--config.optimizer.learning_rate=1e-05 " in done.stdout
+    command += ["--config=configs/nft.py:signs", "--config.iterations=7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--config.objective.adv_max=5.0 " in done.stdout  # the recipe's own fields

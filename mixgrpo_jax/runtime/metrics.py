@@ -3,12 +3,10 @@
 import collections
 import contextlib
 import datetime
-import importlib.util
 import json
 import operator
 import os
 import pathlib
-import secrets
 import sys
 import tempfile
 import time
@@ -19,12 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixgrpo_jax.runtime import progress
+from mixgrpo_jax.runtime import boards, progress
 from mixgrpo_jax.runtime.files import in_bucket, place, replaced, upload
 
 UPLOADS = 30.0  # seconds from one to the next, of a metrics.jsonl in a bucket
-
-Board = Callable[[int, Mapping[str, float], Mapping[str, np.ndarray]], None]  # iteration, scalars, images
 
 # Peak dense bf16 FLOP/s of a device, by a part of `jax.Device.device_kind`.
 PEAK_FLOPS = {
@@ -223,7 +219,7 @@ class MetricWriter:
         config: Mapping[str, Any] | None = None,
     ):
         """With a `project`, a run of Weights & Biases in it gets the lines, too, and the `config` of the run."""
-        self.seconds, self._boards = 0.0, list[Board]()
+        self.seconds, self._boards = 0.0, list[boards.Board]()
         self.path = place(workdir) / "metrics.jsonl"
         self._writes, self._check = jax.process_index() == 0, check
         self._text, self._waits, self._written_at = "", False, 0.0  # of a file in a bucket
@@ -236,8 +232,7 @@ class MetricWriter:
         self._text = "".join(json.dumps(kept[iteration]) + "\n" for iteration in sorted(kept))
         self._rewrite()
         self.seconds = kept[max(kept)].get("time/wall", 0.0) if kept else 0.0
-        boards = [_tensorboard(workdir), _wandb(workdir, project, config, resume_at is None) if project else None]
-        self._boards += [board for board in boards if board]
+        self._boards = boards.found(workdir, project, config, resume_at is None)
 
     def write(
         self, iteration: int, metrics: Mapping[str, Any], images: Mapping[str, np.ndarray] = types.MappingProxyType({})
@@ -298,42 +293,3 @@ def _plain(value: Any) -> int | float | str | None:
     if isinstance(value, int | str | None):
         return value
     return float(value) if np.isfinite(value) else None
-
-
-def _tensorboard(workdir: str | os.PathLike) -> Board | None:
-    """clu's writer, where the extra `tensorboard` is installed: its import needs TensorFlow."""
-    if not importlib.util.find_spec("tensorflow"):
-        return None
-    from clu import metric_writers
-
-    writer = metric_writers.SummaryWriter(str(workdir))
-
-    def write(iteration: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
-        writer.write_scalars(iteration, scalars)
-        if images:
-            writer.write_images(iteration, {name: image[None] for name, image in images.items()})
-        writer.flush()
-
-    return write
-
-
-def check_wandb(project: str) -> None:
-    """Refuse a project of Weights & Biases where the extra `wandb` is not installed."""
-    if project and not importlib.util.find_spec("wandb"):
-        raise ValueError(f"wandb={project!r}: it is not installed; pip install -e '.[wandb]', or set wandb=''")
-
-
-def _wandb(workdir: str | os.PathLike, project: str, config: Mapping[str, Any] | None, fresh: bool) -> Board:
-    """A run of Weights & Biases, whose id is in the workdir: a run that was stopped goes on there."""
-    import wandb
-
-    file = place(workdir) / "wandb_id"
-    if fresh or not file.is_file():
-        file.write_text(secrets.token_hex(4))
-    name = pathlib.PurePath(str(workdir)).name
-    run = wandb.init(project=project, id=file.read_text(), name=name, resume="allow", config=dict(config or {}))
-
-    def write(iteration: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
-        run.log({**scalars, **{name: wandb.Image(image) for name, image in images.items()}}, step=iteration)
-
-    return write

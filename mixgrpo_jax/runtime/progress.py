@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 @dataclass(eq=False)
 class _Task:
     what: str
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=lambda: time.monotonic())
 
 
 class _Screen:
