@@ -6,6 +6,7 @@ Runs it with nothing compiled before, as a terminal and as a log; prints every p
 in, the second of the first, and the longest silence.
 """
 
+import itertools
 import os
 import pty
 import re
@@ -50,7 +51,7 @@ def main(_) -> None:
             for line in filter(None, re.split(r"[\r\n]+", text.replace("\x1b[K", ""))):
                 print(f"{second:7.1f}  {line}")
         seconds = [0.0, *(second for second, _ in found)]
-        silences = [(after - before, before) for before, after in zip(seconds, seconds[1:])]
+        silences = [(after - before, before) for before, after in itertools.pairwise(seconds)]
         print(
             f"{'terminal' if terminal else 'log'}: first output after {seconds[1]:.2f} s, longest silence "
             f"{max(silences)[0]:.1f} s, from second {max(silences)[1]:.1f} on, {seconds[-1]:.1f} s in all\n"

@@ -1,19 +1,5 @@
-import dataclasses
-import pathlib
-
-import pytest
-
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.engine import fields
-
-RECIPES = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize(("section", "name"), [(s, name) for s, table in configs.TABLES.items() for name in table])
-def test_every_field_of_a_method_has_a_meaning(section, name):
-    kind = configs.find(section, name)
-    own = {field.name for field in dataclasses.fields(kind) if not field.kw_only}
-    assert own <= {field for field, meaning in fields.meanings_of(kind).items() if meaning}
 
 
 def test_every_field_of_a_config_is_a_line_with_its_value():
