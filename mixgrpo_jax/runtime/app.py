@@ -5,6 +5,7 @@ if __name__ == "__main__":
     app.run(main)
 """
 
+import contextlib
 import difflib
 import logging
 import opcode
@@ -12,8 +13,9 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -76,6 +78,24 @@ def _help(arguments: list[str]) -> NoReturn:
         given = [re.sub("^--?config=", "", each) for each in arguments if re.match("--?config=", each)]
         print("\n" + _listed[0](flags.FLAGS["config"].parser.parse(given[-1]) if given else None))
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def without(pattern: str) -> Iterator[None]:
+    """Leave out what is written to standard error, by C++ too, in lines that a regex is found in; the others follow."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.write("".join(line for line in lines if not re.search(pattern, line)))
 
 
 def debugs() -> bool:

@@ -33,6 +33,9 @@ def joined() -> Iterator[None]:
     """
     initialize()
     progress.speaks(jax_distributed.global_state.process_id == 0)
+    if not _finds_tpu():  # where its library is installed, it says at length that there is none
+        with app.without("TPU|tpu|InitGoogle|Source Location Trace"):
+            jax.devices()
     if jax.process_count() == 1:
         yield
         return
