@@ -50,7 +50,14 @@ def _wandb(workdir: str | os.PathLike, project: str, config: Mapping[str, Any] |
     if fresh or not file.is_file():
         file.write_text(secrets.token_hex(4))
     name = pathlib.PurePath(str(workdir)).name
-    run = wandb.init(project=project, id=file.read_text(), name=name, resume="allow", config=dict(config or {}))
+    run = wandb.init(
+        project=project,
+        id=file.read_text(),
+        name=name,
+        resume="allow",
+        config=dict(config or {}),
+        reinit="finish_previous",
+    )
 
     def write(iteration: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
         run.log({**scalars, **{name: wandb.Image(image) for name, image in images.items()}}, step=iteration)
