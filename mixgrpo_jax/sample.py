@@ -56,7 +56,7 @@ def sample(
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()
     if first:
-        print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+        progress.say(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
 
     if noise is None:
         key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
@@ -78,6 +78,7 @@ def write(folder: Path, images: np.ndarray) -> None:
     for number, image in enumerate(images):
         report.save_png(folder / f"{number:03}.png", image)
     report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+    progress.say(f"pictures: {folder / 'page.png'}, and one by one beside it")
 
 
 @distributed.joined()

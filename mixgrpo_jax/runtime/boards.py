@@ -30,7 +30,7 @@ def _tensorboard(workdir: str | os.PathLike) -> Board:
     def write(iteration: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
         writer.write_scalars(iteration, scalars)
         if images:
-            writer.write_images(iteration, {name: image[None] for name, image in images.items()})
+            writer.write_images(iteration, images)
         writer.flush()
 
     return write
