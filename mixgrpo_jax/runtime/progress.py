@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mixgrpo_jax import __version__
+import mixgrpo_jax
 
 COLUMNS = 100  # that a line should fit
 SILENCE, LONG = 4.0, 30.0  # seconds without a line before a sign of life; of what takes over a minute
@@ -86,7 +86,7 @@ _screen, _beginning = _Screen(), contextlib.ExitStack()
 def begin() -> None:
     """Say that a command has begun; until `ready`, it imports its libraries. Asked for help, it says nothing."""
     if not any(argument.lstrip("-").startswith("h") for argument in sys.argv[1:]):
-        say(f"mixgrpo_jax {__version__}: {pathlib.Path(sys.argv[0]).stem}")
+        say(f"mixgrpo_jax {mixgrpo_jax.__version__}: {pathlib.Path(sys.argv[0]).stem}")
         _beginning.enter_context(doing("importing JAX and other libraries"))
 
 
