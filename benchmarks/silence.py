@@ -2,8 +2,8 @@
 
     python -m benchmarks.silence --iterations=3 --prompts=64
 
-Runs it with nothing compiled before, as a terminal and as a log; prints every piece of output with the second it came
-in, the second of the first, and the longest silence.
+Runs it with nothing compiled and no data prepared before, as a log and on a terminal; prints every line with the second
+it came in, the second of the first, and the longest silence.
 """
 
 import itertools
@@ -46,7 +46,8 @@ def main(_) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "mixgrpo_jax.train", "--config=configs/quickstart.py"]
             command += [f"--workdir={folder}/run", f"--config.iterations={_ITERATIONS.value}"]
-            found = record([*command, f"--config.evaluation.prompts={_PROMPTS.value}"], terminal)
+            command += [f"--config.evaluation.prompts={_PROMPTS.value}", f"--config.data.folder={folder}/data"]
+            found = record(command, terminal)
         for second, text in found:
             for line in filter(None, re.split(r"[\r\n]+", text.replace("\x1b[K", ""))):
                 print(f"{second:7.1f}  {line}")

@@ -21,6 +21,7 @@ import functools
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -199,15 +200,17 @@ def _keep(checkpoints: Checkpoints, notice: Notice, last: Finished | None) -> No
 def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, TrainState]:
     """The policy's parts, what is trained of it, the rewards, and the programs of an iteration."""
     task, data = load_task(settings.data.name), settings.data
-    prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
+    with progress.doing("preparing the data"):  # which takes time once
+        prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
     rewards = load_rewards(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
     settings = fit(settings, parts, mesh)
     if distributed.is_first():
-        sizes = jax.tree.map(lambda leaf: leaf.size, {"trained": trainable.params, **frozen})
-        counts = (f"{name} {sum(jax.tree.leaves(own)):,}" for name, own in sizes.items())
-        progress.say(f"parameters: {', '.join(counts)}")
-        progress.say(settings.arithmetic(meshes.batch_ways(mesh)))
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in frozen.items()}
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable.params))
+        kept = ", ".join(f"{size:,} of {name}" for name, size in sizes.items() if size)
+        progress.say(f"{trained:,} parameters are trained, and {kept or 'none'} kept")
+        progress.say(textwrap.fill(settings.arithmetic(meshes.batch_ways(mesh)), progress.COLUMNS))
         progress.say(compiler.describe(mesh.devices.flat))
         progress.say(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
         for note in idle(settings, mesh):

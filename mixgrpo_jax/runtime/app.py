@@ -31,7 +31,6 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 NUMBERS = {r"invalid literal for int\(\) with base 10:": "it must be a whole number"}
 NUMBERS |= {"could not convert string to float:": "it must be a number"}
 RAISE = opcode.opmap["RAISE_VARARGS"]
-HELP = {"-h", "--h", "-help", "--help", "--helpshort"}
 _listed: list[Callable[[Any], str]] = []  # what says a config's fields
 
 
@@ -55,7 +54,7 @@ def run(main: Callable[[Any], Any], arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str]) -> list[str]:
     try:
-        if HELP & set(arguments):
+        if progress.HELP & set(arguments):
             _help(arguments)
         return flags.FLAGS(arguments)
     except Exception as error:

@@ -163,10 +163,12 @@ class Pace:
     def metrics(self, done: int) -> dict[str, float]:
         """Seconds since the run began, `time/wall`, and from the second iteration here those left, `time/left`."""
         now = time.monotonic()
-        first, ended = self._first = self._first or (done, now)
         result = {"time/wall": now - self.begun}
-        if done > first:
+        if self._first and done > self._first[0]:
+            first, ended = self._first
             result["time/left"] = (now - ended) / (done - first) * (self.total - done)
+        elif done:
+            self._first = done, now
         return result
 
 

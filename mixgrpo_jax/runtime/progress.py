@@ -19,8 +19,9 @@ from typing import TypeVar
 import mixgrpo_jax
 
 COLUMNS = 100  # that a line should fit
-SILENCE, LONG = 4.0, 30.0  # seconds without a line before a sign of life; of what takes over a minute
+SILENCE, LONG, SLOW = 3.5, 30.0, 180.0  # seconds without a line before a sign of life, of what takes over SLOW: LONG
 RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")  # where a process may be counted
+HELP = {"-h", "--h", "-help", "--help", "--helpshort"}
 ERASE = "\r\x1b[K"
 Item = TypeVar("Item")
 
@@ -59,7 +60,7 @@ class _Screen:
             if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
                 self.write(f"{ERASE}{text[: shutil.get_terminal_size().columns - 1]}\r")
                 self._shown = True
-            elif time.monotonic() - self._said >= (SILENCE if took < 60 else LONG):
+            elif time.monotonic() - self._said >= (SILENCE if took < SLOW else LONG):
                 self.write(f"  {text}\n")
 
     def watch(self) -> None:
@@ -85,7 +86,7 @@ _screen, _beginning = _Screen(), contextlib.ExitStack()
 
 def begin() -> None:
     """Say that a command has begun; until `ready`, it imports its libraries. Asked for help, it says nothing."""
-    if not any(argument.lstrip("-").startswith("h") for argument in sys.argv[1:]):
+    if not HELP & set(sys.argv):
         say(f"mixgrpo_jax {mixgrpo_jax.__version__}: {pathlib.Path(sys.argv[0]).stem}")
         _beginning.enter_context(doing("importing JAX and other libraries"))
 

@@ -71,7 +71,9 @@ def test_a_gradient_costs_two_passes_more_and_with_adapters_one(adapters, recomp
 def test_the_clock_of_a_run_goes_on_and_what_is_left_is_told_by_what_is_done_here(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    pace = metrics.Pace(10, begun=1000.0 - 70.0)  # that earlier parts took
+    pace = metrics.Pace(10, begun=1000.0 - 60.0)  # that earlier parts took
+    assert pace.metrics(0) == {"time/wall": 60.0}
+    now[0] += 10
     assert pace.metrics(4) == {"time/wall": 70.0}  # iteration 4 compiled here, and says nothing of the others
     now[0] += 5
     assert pace.metrics(5) == {"time/wall": 75.0, "time/left": 25.0}

@@ -39,12 +39,12 @@ def test_a_log_gets_a_line_once_nothing_was_said_for_a_while(screen, monkeypatch
             task.begun = clock[0]
             progress.say(f"{iteration} is done")
             assert after(progress.SILENCE - 1) == f"{iteration} is done\n"
-            assert after(1) == f"  iteration {iteration + 1}/5: updating the policy, 4 s\n"
+            assert after(1.5) == f"  iteration {iteration + 1}/5: updating the policy, 4 s\n"
             progress.compiling("update_policy")
             assert after(5) == f"  iteration {iteration + 1}/5: updating the policy: compiling update_policy, 5 s\n"
             progress.compiling(None)
-            assert after(60).endswith(", 69 s\n")
-            assert after(progress.LONG - 1) == "" and after(1).endswith(", 99 s\n")
+            assert after(progress.SLOW - 10).endswith(", 179 s\n")
+            assert after(progress.LONG - 1) == "" and after(1).endswith(", 209 s\n")
     assert screen.tasks == []
 
 
