@@ -58,7 +58,8 @@ class _Screen:
             took = time.monotonic() - tasks[-1].begun
             text = f"{': '.join(task.what for task in tasks)}, {took:.0f} s"
             if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-                self.write(f"{ERASE}{text[: shutil.get_terminal_size().columns - 1]}\r")
+                self._shown = True
+                self.write(f"{text[: shutil.get_terminal_size().columns - 1]}\r")
                 self._shown = True
             elif time.monotonic() - self._said >= (SILENCE if took < SLOW else LONG):
                 self.write(f"  {text}\n")
