@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixgrpo_jax.runtime import progress
+from mixgrpo_jax.runtime import metrics, progress
 
 
 class Terminal(io.StringIO):
@@ -85,4 +85,4 @@ def test_what_is_compiled_has_its_name(monkeypatch):
         return 2 * x + 1
 
     jax.jit(twice_and_one)(np.float32(3))
-    assert said == ["twice_and_one", None]
+    assert said == ["twice_and_one", None] and metrics.compilations("twice_and_one") == 1
