@@ -375,6 +375,7 @@ class Profile:
 class Pretrain:
     """How a small policy is made from scratch.
 
+    steps: of the optimiser.
     clean_steps: the first of the steps, which see the pictures with less noise.
     batch: pictures a step.
     shift: of the noise levels that are trained.
@@ -458,10 +459,11 @@ def choose(section: str, name: str, **changes: Any) -> Section:
     `config.objective = choose("objective", "nft", beta=0.1)`. The section is "plan", "objective" or "select"; a name is
     one of its table, or "module:Class" of one's own.
     """
-    return _fields(_find(section, name), section, name, **changes)
+    return _fields(find(section, name), section, name, **changes)
 
 
-def _find(section: str, name: str) -> type:
+def find(section: str, name: str) -> type:
+    """The class of a method by the name that its section has."""
     _choice("section", section, TABLES)
     table = TABLES[section]
     if name not in table and ":" not in name:
@@ -478,10 +480,26 @@ def average(name: str, **changes: Any) -> Section:
 
 
 def base() -> Section:
-    """The defaults: MixGRPO's own, on the embedded `signs` task."""
+    """The defaults: MixGRPO's own, on the embedded `signs` task.
+
+    seed: of every random number.
+    iterations: of the run.
+    rewards: trained on, by weight.
+    watched: scored and logged, not trained on.
+    reward_options: {name: its options}; with `kind`, a name of one's own for a reward of that kind.
+    missing_share: of the images that a process scores, which servers may fail at: they teach nothing.
+    reward_wait: seconds for which servers that are away are asked again, beyond that share.
+    terms: penalties by weight, see `rl.terms`; 0 costs nothing.
+    averages: of the parameters, by name, each with its rule.
+    one_step_off_policy: while the host scores an iteration's samples, draw the next ones, by the parameters of before
+      the update: they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
+    ratio_tolerance: largest |ratio - 1| of an iteration's first update; beyond it the run stops.
+    rollout_tolerance: likewise, of what the rollout's program and the update's disagree by.
+    wandb: the project at Weights & Biases that gets metrics and pictures, too; "" is none.
+    """
     return _section(
         dict(
-            seed=714,  # of every random number
+            seed=714,
             iterations=300,
             model=_fields(Model, "model"),
             data=_fields(Data, "data"),
@@ -489,27 +507,24 @@ def base() -> Section:
             batch=_fields(BatchSizes, "batch"),
             plan=choose("plan", "window"),
             sampler=_fields(Sampler, "sampler"),
-            rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
-            watched=("strict",),  # scored and logged, not trained on
-            reward_options=dict(),  # {name: its options}; with `kind`, a name of one's own for a reward of that kind
-            missing_share=0.25,  # of the images that a process scores, which servers may fail at: they teach nothing
-            reward_wait=600.0,  # seconds for which servers that are away are asked again, beyond that share
+            rewards=dict(ocr=1.0, colour=1.0),
+            watched=("strict",),
+            reward_options=dict(),
+            missing_share=0.25,
+            reward_wait=600.0,
             advantage=_fields(Credit, "advantage"),
             select=choose("select", "all"),
             objective=choose("objective", "grpo"),
-            terms=dict(
-                kl_base=0.0, kl_rollout=0.0, mse_base=0.0
-            ),  # penalties by weight, see `rl.terms`; 0 costs nothing
+            terms=dict(kl_base=0.0, kl_rollout=0.0, mse_base=0.0),
             optimizer=_fields(Optimizer, "optimizer"),
-            averages=dict(ema=average("ema")),  # of the parameters, by name, each with its rule
-            # While the host scores an iteration's samples, draw the next ones, by the parameters of before the update:
-            # they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
+            averages=dict(ema=average("ema")),
             one_step_off_policy=False,
-            ratio_tolerance=5e-5,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
-            rollout_tolerance=1e-2,  # likewise, of what the rollout's program and the update's disagree by
+            ratio_tolerance=5e-5,
+            rollout_tolerance=1e-2,
             evaluation=_fields(Evaluation, "evaluation"),
             checkpoint=_fields(Saves, "checkpoint"),
             profile=_fields(Profile, "profile"),
+            wandb="",
             pretrain=_fields(Pretrain, "pretrain"),
         )
     )
@@ -698,7 +713,7 @@ def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> A
     """The method of a section, with what of the config's other settings it takes."""
     fields = dict(config[section])
     name = fields.pop("name")
-    found = _find(section, name)
+    found = find(section, name)
     own = {each.name: each.kw_only for each in dataclasses.fields(found)}
     was = getattr(config[section], "chosen", "") or name
     if was != name or not fields.keys() >= {each for each, kw_only in own.items() if not kw_only}:

@@ -7,6 +7,11 @@ fields are flags: `--config.evaluation.average=''` takes the raw parameters, and
 `--config.evaluation.solver=dpm_midpoint --config.evaluation.num_steps=10` another sampler.
 """
 
+from mixgrpo_jax.runtime import progress
+
+if __name__ == "__main__":
+    progress.begin()  # the imports below take seconds
+
 import os
 import sys
 from typing import Any
@@ -14,6 +19,7 @@ from typing import Any
 from absl import flags, logging
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.engine.loading import load_policy, load_rewards, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
@@ -49,7 +55,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")
     app.run(main, with_own_config(sys.argv))

@@ -8,6 +8,11 @@ sampler of its `evaluation` section, whose fields are flags. Writes workdir/samp
 them in the prompts' order.
 """
 
+from mixgrpo_jax.runtime import progress
+
+if __name__ == "__main__":
+    progress.begin()  # the imports below take seconds
+
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import make_draw
 from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
@@ -51,13 +56,13 @@ def sample(
     draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
     first = distributed.is_first()
     if first:
-        print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+        progress.say(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
 
     if noise is None:
         key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
         noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
     size, drawn = min(config.evaluation.batch, len(prompts)), []
-    for start in tqdm(range(0, len(prompts), size), "sample", disable=not first):
+    for start in progress.over(range(0, len(prompts), size), "drawing, batch", -(-len(prompts) // size)):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
         cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
         drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
@@ -73,6 +78,7 @@ def write(folder: Path, images: np.ndarray) -> None:
     for number, image in enumerate(images):
         report.save_png(folder / f"{number:03}.png", image)
     report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+    progress.say(f"pictures: {folder / 'page.png'}, and one by one beside it")
 
 
 @distributed.joined()
@@ -82,7 +88,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", required=True)
     _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")

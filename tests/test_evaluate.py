@@ -23,6 +23,21 @@ def test_scores_are_shown_by_every_label_in_columns_that_line_up():
     ]
 
 
+def test_before_after_and_change_stand_side_by_side_and_the_same_samples_once():
+    groups = [{"length": "2", "plate": "blue"}, {"length": "2", "plate": "blue"}, {"length": "3", "plate": "pink"}]
+    before = {name: np.array([0.0, 1.0, 0.5]) for name in ("ocr", "colour", "strict", "image_reward")}
+    after = {name: values + [0.5, -0.5, np.nan] for name, values in before.items()} | {"ocr": np.ones(3)}
+    lines = table(after, groups, before).splitlines()
+    assert lines[:5] == [
+        "               n                       ocr                    colour                    strict",
+        "                    before   after  change    before   after  change    before   after  change",
+        "all            3     0.500   1.000  +0.500     0.500   0.500  +0.000     0.500   0.500  +0.000",
+        "length 2       2     0.500   1.000  +0.500     0.500   0.500  +0.000     0.500   0.500  +0.000",
+        "length 3       1     0.500   1.000  +0.500     0.500     nan    +nan     0.500     nan    +nan",
+    ]
+    assert lines[5].split() == ["n", "image_reward"] and len(lines) == 10 and max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("task", ["signs", "scenes"])
 def test_what_ships_is_as_good_as_its_card_says(task, tmp_path):
     config = configs.load(task, CONFIGS)

@@ -85,7 +85,13 @@ def test_what_a_run_leaves(straight):
             f"held_out/{name}/{what}" for what in ("mean", "std") for name in scores if held_out
         ]
     assert all(log[-1][f"held_out/{name}/mean"] == values.mean() for name, values in scores.items())
-    timed = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    rate, last = tiny().optimizer.learning_rate, tiny().optimizer.final_rate  # of 8 updates, falling from the second on
+    rates = [rate * (1 - (1 - last) * fallen / 7) for fallen in (0, 2, 4, 6)]
+    assert [line["optimizer/learning_rate"] for line in log[1:]] == pytest.approx(rates)
+    clock = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert (walls := [line["time/wall"] for line in clock]) == sorted(walls) and walls[0] > 0
+    assert ["time/left" in line for line in clock] == [False, False, True, True, True] and clock[-1]["time/left"] == 0
+    timed = clock[-1]
     phases = [timed[f"time/{phase}"] for phase in ("rollout", "decode", "reward", "update")]
     assert min(phases) > 0 and timed["time/iteration"] == pytest.approx(sum(phases))
     assert timed["time/images_per_second"] == pytest.approx(8 / sum(phases))

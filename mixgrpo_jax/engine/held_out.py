@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mixgrpo_jax.config import ConfigError, Evaluation, Settings
 from mixgrpo_jax.flow import plans, rollout, schedules
@@ -19,7 +18,7 @@ from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.runtime import compiler, distributed
+from mixgrpo_jax.runtime import compiler, distributed, progress
 from mixgrpo_jax.runtime.files import place, replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
@@ -112,7 +111,7 @@ class HeldOut:
         """Pictures of the prompts, the same noise every time: a prompt's depends on its index, not on its batch."""
         count, size = len(self.prompts), self.options.batch
         images = []
-        for start in tqdm(range(0, count, size), desc="draw held-out", leave=False, disable=not distributed.is_first()):
+        for start in progress.over(range(0, count, size), "drawing held-out pictures, batch", -(-count // size)):
             index = np.arange(start, start + size)
             batch = self.task.collate([self.elements[i] for i in index])
             cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
@@ -124,21 +123,47 @@ class HeldOut:
         """Pictures of the prompts and their scores by every reward."""
         images = self.draw(trained, frozen)
         everything = np.arange(len(images))
-        scores = distributed.map_rows(self._score, [images], [everything], self.prompts, self.metadata)
+        with progress.doing(f"scoring {len(images)} pictures"):
+            scores = distributed.map_rows(self._score, [images], [everything], self.prompts, self.metadata)
         return Assessment(images, {name: score.value for name, score in scores.items()})
 
 
-def table(scores: dict[str, np.ndarray], groups: Sequence[dict[str, str]] = ()) -> str:
-    """Mean scores as text: over all samples, then by each label of their groups, {kind: label} for each sample."""
+def table(
+    scores: dict[str, np.ndarray],
+    groups: Sequence[dict[str, str]] = (),
+    before: dict[str, np.ndarray] | None = None,
+) -> str:
+    """Mean scores as text: over all samples, then by each label of their groups, {kind: label} for each sample.
+
+    With the scores of `before`, each has three columns: before, after, and the change. What does not fit
+    `progress.COLUMNS` stands below. Of labels that name the same samples the first is shown.
+    """
     rows = {"all": np.ones(len(next(iter(scores.values()))), bool)}
     for kind in dict.fromkeys(kind for group in groups for kind in group):
         labels = np.array([group.get(kind, "") for group in groups])
         rows |= {f"{kind} {label}": labels == label for label in np.unique(labels)}
-
-    title = max(map(len, rows)) + 2
-    columns = {name: max(len(name) + 2, 10) for name in scores}
-    lines = [f"{'':<{title}}{'n':>6}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
+    once: dict[bytes, tuple[str, np.ndarray]] = {}
     for row, chosen in rows.items():
-        means = "".join(f"{scored(scores[name][chosen]).mean():>{width}.3f}" for name, width in columns.items())
-        lines.append(f"{row:<{title}}{chosen.sum():>6}{means}")
+        once.setdefault(chosen.tobytes(), (row, chosen))
+    title = max(len(row) for row, _ in once.values()) + 2
+
+    def cell(name: str, chosen: np.ndarray) -> str:
+        after = scored(scores[name][chosen]).mean()
+        if before is None:
+            return f"{after:.3f}"
+        was = scored(before[name][chosen]).mean()
+        return f"{was:>8.3f}{after:>8.3f}{after - was:>+8.3f}"
+
+    least = 10 if before is None else 26
+    columns = {name: max(len(name) + 2, least) for name in scores}
+    fit = max((progress.COLUMNS - title - 6) // max(columns.values()), 1)
+    lines = []
+    for some in (list(columns)[start : start + fit] for start in range(0, len(columns), fit)):
+        lines.append(f"{'':<{title}}{'n':>6}" + "".join(f"{name:>{columns[name]}}" for name in some))
+        if before is not None:
+            heads = f"{'before':>8}{'after':>8}{'change':>8}"
+            lines.append(" " * (title + 6) + "".join(f"{heads:>{columns[name]}}" for name in some))
+        for row, chosen in once.values():
+            cells = "".join(f"{cell(name, chosen):>{columns[name]}}" for name in some)
+            lines.append(f"{row:<{title}}{chosen.sum():>6}{cells}")
     return "\n".join(lines)
