@@ -50,7 +50,7 @@ setup(
         "numpy",
         "tokenizers",
         "pillow",
-        "scipy",  # segments, for the detector of scenes
+        "scipy",  # segments, for the detector of scenes; the normal distribution, for intervals
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
     ],
