@@ -97,12 +97,19 @@ def _trace(folder: str | os.PathLike) -> Iterator[None]:
             upload(pathlib.Path(written), folder)
 
 
-def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out."""
-    named = {f"{prefix}/{name}": scored(values) for name, values in scores.items()}
-    return {f"{n}/mean": float(v.mean()) for n, v in named.items()} | {
-        f"{n}/std": float(v.std()) for n, v in named.items()
-    }
+def means(prefix: str, scores: Mapping[str, np.ndarray], groups: int = 0) -> dict[str, float]:
+    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out.
+
+    Where they are of so many `groups`, also `/within`, the mean of the groups' own standard deviations.
+    """
+    result: dict[str, float] = {}
+    for name, values in scores.items():
+        there = scored(values)
+        result |= {f"{prefix}/{name}/mean": float(there.mean()), f"{prefix}/{name}/std": float(there.std())}
+        if groups:
+            within = [scored(group).std() for group in np.asarray(values).reshape(groups, -1)]
+            result[f"{prefix}/{name}/within"] = float(scored(within).mean())
+    return result
 
 
 def scored(values: Any) -> np.ndarray:
@@ -115,12 +122,14 @@ def scored(values: Any) -> np.ndarray:
 def throughput(
     timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
 ) -> dict[str, float]:
-    """Pictures a second of an iteration, and where the chip's peak is known, the share of it that its FLOPs make.
+    """Pictures a second of an iteration, device-seconds of all its phases, and where the chip's peak is known, the
+    share of it that its FLOPs make.
 
     The utilisation is of the seconds of rollout and update; of all, where rollouts are `overlapped` with rewards.
     """
     work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
+    result["time/device_seconds"] = devices * sum(timer.seconds.values())
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     if peak:

@@ -1,0 +1,337 @@
+"""The report of runs: one HTML file with their charts, pictures, costs and settings, which needs no network."""
+
+import base64
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mixgrpo_jax.runtime import distributed, metrics
+from mixgrpo_jax.runtime.files import Path, place, replaced
+from mixgrpo_jax.runtime.intervals import Interval, bootstrap, paired
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "report"
+HELD_OUT, PROMPTS = "held_out", "prompts.json"  # in a workdir: pictures and scores by iteration, and their prompts
+PHASES = ("rollout", "decode", "reward", "update", "evaluation", "checkpoint", "report")
+SECTIONS = (  # a metric goes to the first that has a prefix of its name
+    ("Held-out scores", ("held_out/",), "Means over prompts that are not trained on; the band is the 95% interval."),
+    ("Rewards in training", ("reward/", "watched/"), "Means of an iteration; the band is the spread within groups."),
+    ("Monitors", ("monitor/",), ""),
+    ("Updates", ("ratio/", "kl/", "mse/", "grad_norm", "param_norm", "loss/", "velocity/", "learning_rate"), ""),
+    ("Window, evaluations, advantages", ("window/", "nfe/", "advantage/"), ""),
+    (
+        "Time",
+        ("time/",),
+        "Seconds by phase, and throughput. The first iteration compiles: it may lie above a chart.",
+    ),
+    ("Other", ("",), ""),
+)
+POINTS = 600  # of a curve; several runs share them
+STRIP = 12  # prompts whose pictures are shown over time
+BUDGET = 3_000_000  # characters of all pictures together
+# Tried in turn until the pictures fit: their longest edge in pixels, evaluations over time, prompts before and after.
+LEVELS = ((512, 16, 512), (320, 16, 96), (256, 12, 96), (192, 8, 48), (128, 6, 24), (96, 4, 12), (64, 2, 6))
+
+
+class Frame(NamedTuple):
+    """What was drawn for the held-out prompts at an iteration: its file, and the scores {name: [N]} of all of them."""
+
+    iteration: int
+    path: Path
+    scores: dict[str, np.ndarray]
+
+    def images(self) -> np.ndarray:
+        """The pictures [K, H, W, 3] uint8 of the first K of the prompts."""
+        return _arrays(self.path, pictures=True)["images"]
+
+
+class Run(NamedTuple):
+    """What a workdir says of its run."""
+
+    name: str
+    lines: list[dict]
+    config: dict[str, Any]
+    warnings: list[dict]
+    changes: list[dict]
+    prompts: list[str]
+    frames: list[Frame]
+
+
+def refresh(workdir: str | os.PathLike) -> None:
+    """Write a run's report.html, on process 0. That it fails is a warning: no run ends by it."""
+    if distributed.is_first():
+        try:
+            write(place(workdir) / "report.html", [workdir])
+        except Exception as error:
+            print(f"WARNING: report.html is not written: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> None:
+    """Write the report of one run, or of several side by side. Raises ValueError as `find` does."""
+    import jinja2
+
+    found = find(workdirs)
+    names = _names(found)
+    runs = [_read(workdir, name) for workdir, name in zip(found, names)]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
+    environment.filters |= {"number": number, "seconds": duration, "text": lambda value: value if value != "" else "''"}
+    fields = sorted({name for run in runs for name in run.config})
+    values = {name: [run.config.get(name) for run in runs] for name in fields}
+    data, result = {"sections": charts(runs), "runs": pictures(runs)}, [results(run) for run in runs]
+    html = environment.get_template("page.html").render(
+        runs=runs,
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        results=result,
+        score_names=list(dict.fromkeys(row["name"] for rows in result for row in rows)),
+        costs=[cost(run) for run in runs],
+        phases=PHASES,
+        config=values,
+        differing={name: row for name, row in values.items() if any(value != row[0] for value in row)},
+        sections=data["sections"],
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        asset=lambda name: (ASSETS / name).read_text(),
+    )
+    with replaced(path) as file:
+        file.write_text(html, encoding="utf-8")
+
+
+def find(workdirs: Sequence[str | os.PathLike]) -> list[Path]:
+    """The runs' folders: those given, and in place of one that holds runs, as a sweep's does, these.
+
+    Raises ValueError where a folder is no run's and holds none.
+    """
+    found: list[Path] = []
+    for workdir in map(place, workdirs):
+        inside = [workdir] if _has_run(workdir) else []
+        if not inside and workdir.is_dir():
+            inside = sorted(folder for folder in workdir.iterdir() if _has_run(folder))
+        if not inside:
+            raise ValueError(f"workdir={str(workdir)!r} holds no metrics.jsonl, nor does a folder in it: give a run's")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file()
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with those above where two have the same."""
+    parts = [pathlib.PurePosixPath(os.path.abspath(folder)).parts for folder in folders]
+    depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _read(workdir: Path, name: str) -> Run:
+    lines, prompts = metrics.read(workdir / "metrics.jsonl"), workdir / HELD_OUT / PROMPTS
+    config = workdir / "config.json"
+    frames = []
+    for line in lines:
+        at = line["iteration"]
+        places = [workdir / HELD_OUT / f"{at}.npz"] + [workdir / "before.npz"] * (at == 0)
+        file = next((path for path in places if path.is_file()), None)
+        if file and any(key.startswith("held_out/") for key in line):
+            try:
+                frames.append(Frame(at, file, _arrays(file)))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                print(f"WARNING: {file} cannot be read, and is left out of the report: {error}", file=sys.stderr)
+    return Run(
+        name,
+        lines,
+        dict(_flat(json.loads(config.read_text()))) if config.is_file() else {},
+        metrics.read(workdir / "warnings.jsonl"),
+        metrics.read(workdir / "history.jsonl"),
+        json.loads(prompts.read_text()) if prompts.is_file() else [],
+        frames,
+    )
+
+
+def _arrays(path: Path, pictures: bool = False) -> dict[str, np.ndarray]:
+    """The scores of a file of `Assessment.save`, or its pictures."""
+    with path.open("rb") as opened, np.load(opened) as file:
+        return {name: file[name] for name in file.files if (name == "images") == pictures}
+
+
+def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    """Each held-out score before and after, with intervals, and whether it is trained on."""
+    held_out = [line for line in run.lines if any(key.startswith("held_out/") for key in line)]
+    if not held_out:
+        return []
+    first, last = held_out[0], held_out[-1]
+    rows = []
+    for key in [key for key in last if key.startswith("held_out/") and key.endswith("/mean")]:
+        name = key.split("/", 1)[1].removesuffix("/mean")
+        there = {frame.iteration: frame.scores[name] for frame in run.frames if name in frame.scores}
+        before, after = (_interval(there.get(line["iteration"]), line.get(key)) for line in (first, last))
+        change = Interval(after.mean - before.mean, np.nan, np.nan)
+        if {first["iteration"], last["iteration"]} <= there.keys():
+            change = paired(there[first["iteration"]], there[last["iteration"]]).change
+        rows.append(
+            {"name": name, "trained": f"rewards.{name}" in run.config, "at": last["iteration"]}
+            | {"before": before, "after": after, "change": change if first is not last else None}
+        )
+    return rows
+
+
+def _interval(scores: np.ndarray | None, mean: float | None) -> Interval:
+    """Of scores; where they were not kept, their mean without one."""
+    if scores is not None:
+        return bootstrap(scores)
+    return Interval(np.nan if mean is None else mean, np.nan, np.nan)
+
+
+def cost(run: Run) -> dict[str, Any]:
+    """What a run has spent: evaluations of the model, device-seconds, and seconds by phase."""
+
+    def total(key: str) -> float:
+        return sum(line.get(key) or 0 for line in run.lines)
+
+    return {
+        "iterations": max((line["iteration"] for line in run.lines), default=0),
+        "evaluations": {phase: total(f"nfe/{phase}") for phase in ("rollout", "update", "gradient")},
+        "device_seconds": total("time/device_seconds"),
+        "seconds": {phase: total(f"time/{phase}") for phase in PHASES},
+    }
+
+
+def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The sections of charts: each metric of any run, with a curve of each run; what never changes is text."""
+    sections: list[dict[str, Any]] = [{"title": t, "note": note, "charts": [], "same": []} for t, _, note in SECTIONS]
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line if key != "iteration")
+    for key in keys:
+        name = key.removesuffix("/mean")
+        if f"{key.rsplit('/', 1)[0]}/mean" in keys and key.endswith(("/std", "/within")):
+            continue  # the band of the mean
+        curves = [_curve(run, key, POINTS // len(runs) + 1) for run in runs]
+        values = {value for curve in curves for value in curve["y"] if value is not None}
+        index = next(i for i, (_, prefixes, _) in enumerate(SECTIONS) if key.startswith(prefixes))
+        if len(values) == 1 and any(len(curve["y"]) > 1 for curve in curves):
+            sections[index]["same"].append(f"{name} {number(*values)}")
+        elif values:
+            top = None
+            if key.startswith("time/"):
+                top = max((value for curve in curves for value in curve["y"][1:] if value is not None), default=None)
+            sections[index]["charts"].append({"title": name, "curves": curves, "top": top})
+    return [section for section in sections if section["charts"] or section["same"]]
+
+
+def _curve(run: Run, key: str, points: int) -> dict[str, list]:
+    """A metric by iteration, as means of so many neighbours that `points` are enough; null where there is none."""
+    lines = [line for line in run.lines if isinstance(line.get(key, ""), int | float | None)]
+    stem, at = key.removesuffix("/mean"), np.array([line["iteration"] for line in lines])
+    mean, low, high = np.array([line[key] for line in lines], float), None, None
+    if key.startswith("held_out/"):
+        scores = {frame.iteration: frame.scores.get(stem.split("/", 1)[1]) for frame in run.frames}
+        found = [_interval(scores.get(iteration), None) for iteration in at]
+        low, high = (np.array([getattr(each, end) for each in found], float) for end in ("low", "high"))
+    elif key.startswith(("reward/", "watched/")):
+        spread = np.array([line.get(f"{stem}/within", line.get(f"{stem}/std")) for line in lines], float)
+        low, high = mean - spread, mean + spread
+    size = -(-len(at) // points)
+    curve = {"x": at[size - 1 :: size].tolist() if size else []}
+    for name, values in {"y": mean, "low": low, "high": high}.items():
+        if values is not None and not (name != "y" and np.isnan(values).all()):
+            curve[name] = [_plain(part) for part in np.split(values, range(size, len(values), size))] if size else []
+    curve["x"] += at[-1:].tolist() * (len(curve["y"]) - len(curve["x"]))
+    return curve
+
+
+def _plain(values: Any) -> float | None:
+    """The mean of what is finite, of five digits; None where nothing is."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    return float(f"{values.mean():.5g}") if values.size else None
+
+
+def pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's pictures by iteration with their scores, as many and as large as the file may hold."""
+    for level in LEVELS:
+        shown = []
+        for run in runs:
+            shown.append(_shown(run, *level, BUDGET // len(runs)))
+            if shown[-1] is None:
+                break
+        else:
+            return [{"name": run.name, **each} for run, each in zip(runs, shown) if each is not None]
+    return [{"name": run.name, "scores": [], "prompts": {}, "frames": []} for run in runs]
+
+
+def _shown(run: Run, edge: int, frames: int, pairs: int, budget: int) -> dict[str, Any] | None:
+    """A run's pictures at a level; None where they are over budget."""
+    if not run.frames:
+        return {"scores": [], "prompts": {}, "frames": []}
+    first, last = run.frames[0], run.frames[-1]
+    common = min(len(first.images()), len(last.images()))
+    strip, ends, spent, result = range(min(STRIP, common)), _extremes(first, last, common, pairs), 0, []
+    for index in np.unique(np.linspace(0, len(run.frames) - 1, frames).round().astype(int)):
+        frame, rows = run.frames[index], {}
+        images = frame.images()
+        for prompt in strip if 0 < index < len(run.frames) - 1 else sorted({*strip, *ends}):
+            if prompt < len(images):
+                source = encoded(images[prompt], edge)
+                spent += len(source)
+                if spent > budget:
+                    return None
+                rows[str(prompt)] = {"src": source, "scores": [_plain(s[prompt]) for s in frame.scores.values()]}
+        result.append({"iteration": frame.iteration, "pictures": rows})
+    prompts = {str(prompt): run.prompts[prompt] for prompt in sorted({*strip, *ends}) if prompt < len(run.prompts)}
+    return {"scores": list(last.scores), "strip": list(map(str, strip)), "prompts": prompts, "frames": result}
+
+
+def _extremes(first: Frame, last: Frame, common: int, count: int) -> set[int]:
+    """Of the first `common` prompts the `count` whose scores changed most, half of them for the better."""
+    change = np.zeros(common)
+    for name in first.scores.keys() & last.scores.keys():
+        each = np.nan_to_num(last.scores[name][:common] - first.scores[name][:common])
+        change += each / (each.std() or 1)
+    order = np.argsort(change, kind="stable")
+    return set(order.tolist()) if count >= common else {*order[: count // 2].tolist(), *order[-(count // 2) :].tolist()}
+
+
+def encoded(image: np.ndarray, edge: int) -> str:
+    """A picture [H, W, 3] uint8 as a data URI, no longer than `edge`; exact where it is small."""
+    picture, data = Image.fromarray(image), io.BytesIO()
+    picture.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    picture.save(data, "WEBP", lossless=max(image.shape) <= 64, quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def number(value: Any) -> str:
+    """A number for people, of four digits; a dash for what is none.
+
+    >>> number(0.123456), number(1920.0), number(float("nan"))
+    ('0.1235', '1,920', '–')
+    """
+    if value is None or value != value:
+        return "–"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(3.25), duration(75), duration(7260)
+    ('3.2 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
