@@ -38,10 +38,10 @@ function draw(parent, { title, curves, top }) {
       points: { show: curve.x.length < 25, size: 5 },
       value: (_, value) => short(value),
     });
-    if (!curve.low) return;
+    if (!curve.low || runs.length > 4) return; // the bands of many runs hide each other
     tables.at(-1).push(curve.high, curve.low);
     for (const label of ["high", "low"]) series.push({ label, class: "band", width: 0, points: { show: false } });
-    bands.push({ series: [at + 1, at + 2], fill: colour + (runs.length > 4 ? "14" : "2e") });
+    bands.push({ series: [at + 1, at + 2], fill: `${colour}2e` });
   });
   const range = (_, low, high) => {
     if (top != null) [low, high] = [0, top];
@@ -63,15 +63,19 @@ function draw(parent, { title, curves, top }) {
     cursor: { sync: { key: "iteration" }, drag: { x: true, y: false } },
   };
   const chart = new uPlot(options, tables.length > 1 ? uPlot.join(tables) : tables[0], holder);
-  const rest = () => chart.setLegend({ idx: chart.data[0].length - 1 });
   chart.over.addEventListener("mouseleave", rest);
-  rest();
   charts.push(chart);
   new ResizeObserver(() => chart.setSize({ width: holder.clientWidth - 20, height: 190 })).observe(holder);
 }
 
+// Where no pointer is, legends tell the last values.
+function rest() {
+  requestAnimationFrame(() => charts.forEach((chart) => chart.setLegend({ idx: chart.data[0].length - 1 })));
+}
+
 for (const holder of document.querySelectorAll("[data-section]"))
   for (const chart of sections[holder.dataset.section].charts) draw(holder, chart);
+rest();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.redraw()));
 
 // Pictures.
