@@ -69,6 +69,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "playwright",  # with Debian's chromium, for the report
             "gcsfs",
             "google-cloud-storage",
             "fastapi",

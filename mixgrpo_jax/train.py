@@ -41,10 +41,11 @@ from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.select import Replay
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import app, compiler, distributed, metrics, page, report
+from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
 from mixgrpo_jax.runtime.files import Path, locked, place
+from mixgrpo_jax.runtime.page import refresh_report
 from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
@@ -153,7 +154,7 @@ def _train(
             if after and done < total:
                 with timer("report"):
                     writer.flush()
-                    page.refresh(workdir)
+                    refresh_report(workdir)
 
     if not after:  # it was finished before
         after = held_out.assess(chosen_average(settings, state), collector.frozen)
@@ -268,7 +269,7 @@ def _report(workdir: Path, held_out: HeldOut, before: Assessment | None, after: 
         pictures = {when: assessment.images for when, assessment in shown.items()}
         report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
         report.curve(workdir)
-        page.refresh(workdir)
+        refresh_report(workdir)
         print(f"Report: {workdir / 'report.html'}")
 
 

@@ -21,7 +21,7 @@ from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.runtime import compiler, distributed, page
+from mixgrpo_jax.runtime import compiler, distributed, runs
 from mixgrpo_jax.runtime.files import Path, place, replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
@@ -139,10 +139,10 @@ class HeldOut:
     def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> None:
         """Write an assessment's excerpt and the prompts into workdir/held_out, on process 0: the report shows them."""
         if distributed.is_first():
-            folder = workdir / page.HELD_OUT
+            folder = workdir / runs.HELD_OUT
             folder.mkdir(parents=True, exist_ok=True)
             assessment.excerpt().save(folder / f"{iteration}.npz")
-            with replaced(folder / page.PROMPTS) as file:
+            with replaced(folder / runs.PROMPTS) as file:
                 file.write_text(json.dumps(self.prompts))
 
 

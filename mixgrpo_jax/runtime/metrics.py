@@ -102,13 +102,11 @@ def means(prefix: str, scores: Mapping[str, np.ndarray], groups: int = 0) -> dic
 
     Where they are of so many `groups`, also `/within`, the mean of the groups' own standard deviations.
     """
-    result: dict[str, float] = {}
-    for name, values in scores.items():
-        there = scored(values)
-        result |= {f"{prefix}/{name}/mean": float(there.mean()), f"{prefix}/{name}/std": float(there.std())}
-        if groups:
-            within = [scored(group).std() for group in np.asarray(values).reshape(groups, -1)]
-            result[f"{prefix}/{name}/within"] = float(scored(within).mean())
+    named = {f"{prefix}/{name}": np.asarray(values) for name, values in scores.items()}
+    result = {f"{name}/mean": float(scored(values).mean()) for name, values in named.items()}
+    result |= {f"{name}/std": float(scored(values).std()) for name, values in named.items()}
+    for name, values in named.items() if groups else ():
+        result[f"{name}/within"] = float(scored([scored(group).std() for group in values.reshape(groups, -1)]).mean())
     return result
 
 

@@ -7,32 +7,26 @@ import os
 import pathlib
 import sys
 import time
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.runtime import distributed, metrics
-from mixgrpo_jax.runtime.files import Path, place, replaced
+from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime.files import place, replaced
 from mixgrpo_jax.runtime.intervals import Interval, bootstrap, paired
+from mixgrpo_jax.runtime.runs import Frame, Run, find, names, read
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "report"
-HELD_OUT, PROMPTS = "held_out", "prompts.json"  # in a workdir: pictures and scores by iteration, and their prompts
 PHASES = ("rollout", "decode", "reward", "update", "evaluation", "checkpoint", "report")
 SECTIONS = (  # a metric goes to the first that has a prefix of its name
     ("Held-out scores", ("held_out/",), "Means over prompts that are not trained on; the band is the 95% interval."),
     ("Rewards in training", ("reward/", "watched/"), "Means of an iteration; the band is the spread within groups."),
     ("Monitors", ("monitor/",), ""),
-    ("Updates", ("ratio/", "kl/", "mse/", "grad_norm", "param_norm", "loss/", "velocity/", "learning_rate"), ""),
+    ("Updates", ("ratio/", "kl/", "mse/", "grad_norm", "param_norm", "loss/", "velocity/", "optimizer/"), ""),
     ("Window, evaluations, advantages", ("window/", "nfe/", "advantage/"), ""),
-    (
-        "Time",
-        ("time/",),
-        "Seconds by phase, and throughput. The first iteration compiles: it may lie above a chart.",
-    ),
+    ("Time", ("time/",), "Seconds by phase, and throughput. The first iteration compiles, and may lie above."),
     ("Other", ("",), ""),
 )
 POINTS = 600  # of a curve; several runs share them
@@ -42,31 +36,7 @@ BUDGET = 3_000_000  # characters of all pictures together
 LEVELS = ((512, 16, 512), (320, 16, 96), (256, 12, 96), (192, 8, 48), (128, 6, 24), (96, 4, 12), (64, 2, 6))
 
 
-class Frame(NamedTuple):
-    """What was drawn for the held-out prompts at an iteration: its file, and the scores {name: [N]} of all of them."""
-
-    iteration: int
-    path: Path
-    scores: dict[str, np.ndarray]
-
-    def images(self) -> np.ndarray:
-        """The pictures [K, H, W, 3] uint8 of the first K of the prompts."""
-        return _arrays(self.path, pictures=True)["images"]
-
-
-class Run(NamedTuple):
-    """What a workdir says of its run."""
-
-    name: str
-    lines: list[dict]
-    config: dict[str, Any]
-    warnings: list[dict]
-    changes: list[dict]
-    prompts: list[str]
-    frames: list[Frame]
-
-
-def refresh(workdir: str | os.PathLike) -> None:
+def refresh_report(workdir: str | os.PathLike) -> None:
     """Write a run's report.html, on process 0. That it fails is a warning: no run ends by it."""
     if distributed.is_first():
         try:
@@ -80,16 +50,16 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
     import jinja2
 
     found = find(workdirs)
-    names = _names(found)
-    runs = [_read(workdir, name) for workdir, name in zip(found, names)]
+    runs = [read(workdir, name) for workdir, name in zip(found, names(found))]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
-    environment.filters |= {"number": number, "seconds": duration, "text": lambda value: value if value != "" else "''"}
+    environment.filters |= {"encoded": encoded, "number": number, "seconds": duration}
+    environment.filters["text"] = lambda value: "''" if value == "" else value
     fields = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in fields}
     data, result = {"sections": charts(runs), "runs": pictures(runs)}, [results(run) for run in runs]
     html = environment.get_template("page.html").render(
         runs=runs,
-        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         written=time.strftime("%Y-%m-%d %H:%M"),
         results=result,
         score_names=list(dict.fromkeys(row["name"] for rows in result for row in rows)),
@@ -103,71 +73,6 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
     )
     with replaced(path) as file:
         file.write_text(html, encoding="utf-8")
-
-
-def find(workdirs: Sequence[str | os.PathLike]) -> list[Path]:
-    """The runs' folders: those given, and in place of one that holds runs, as a sweep's does, these.
-
-    Raises ValueError where a folder is no run's and holds none.
-    """
-    found: list[Path] = []
-    for workdir in map(place, workdirs):
-        inside = [workdir] if _has_run(workdir) else []
-        if not inside and workdir.is_dir():
-            inside = sorted(folder for folder in workdir.iterdir() if _has_run(folder))
-        if not inside:
-            raise ValueError(f"workdir={str(workdir)!r} holds no metrics.jsonl, nor does a folder in it: give a run's")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def _has_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file()
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with those above where two have the same."""
-    parts = [pathlib.PurePosixPath(os.path.abspath(folder)).parts for folder in folders]
-    depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
-    return ["/".join(p[-depth:]) for p in parts]
-
-
-def _read(workdir: Path, name: str) -> Run:
-    lines, prompts = metrics.read(workdir / "metrics.jsonl"), workdir / HELD_OUT / PROMPTS
-    config = workdir / "config.json"
-    frames = []
-    for line in lines:
-        at = line["iteration"]
-        places = [workdir / HELD_OUT / f"{at}.npz"] + [workdir / "before.npz"] * (at == 0)
-        file = next((path for path in places if path.is_file()), None)
-        if file and any(key.startswith("held_out/") for key in line):
-            try:
-                frames.append(Frame(at, file, _arrays(file)))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                print(f"WARNING: {file} cannot be read, and is left out of the report: {error}", file=sys.stderr)
-    return Run(
-        name,
-        lines,
-        dict(_flat(json.loads(config.read_text()))) if config.is_file() else {},
-        metrics.read(workdir / "warnings.jsonl"),
-        metrics.read(workdir / "history.jsonl"),
-        json.loads(prompts.read_text()) if prompts.is_file() else [],
-        frames,
-    )
-
-
-def _arrays(path: Path, pictures: bool = False) -> dict[str, np.ndarray]:
-    """The scores of a file of `Assessment.save`, or its pictures."""
-    with path.open("rb") as opened, np.load(opened) as file:
-        return {name: file[name] for name in file.files if (name == "images") == pictures}
-
-
-def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
 
 
 def results(run: Run) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mixgrpo_jax.engine.held_out import Assessment
-from mixgrpo_jax.runtime import intervals, page
+from mixgrpo_jax.runtime import intervals, page, runs
 
 NASTY = "</script><script>alert('a sign')</script> & \"quotes\""
 DATA = re.compile('<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -54,6 +55,8 @@ def made_up(workdir, iterations=300, every=10, side=96, count=40, seed=0):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     warning = {"iteration": 9, "monitor": "sharpness", "message": f"is 3 times the base model's: {NASTY}"}
     (workdir / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    (workdir / "warnings").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(workdir / "warnings" / "9_sharpness.png")
     changed = {"iteration": 5, "changed": {"optimizer.learning_rate": [1e-5, 2e-5]}}
     (workdir / "history.jsonl").write_text(json.dumps(changed) + "\n")
     config = {"seed": seed, "iterations": iterations, "rewards": {"ocr": 1.0}, "model": {"folder": NASTY}}
@@ -76,7 +79,7 @@ def chart(data, title):
 def test_a_page_tells_what_a_run_has_written_down(tmp_path):
     workdir = tmp_path / "run"
     lines = made_up(workdir)
-    page.refresh(workdir)
+    page.refresh_report(workdir)
     text, data = read(workdir / "report.html")
     assert len(text) < 5e6 and page.BUDGET / 3 < sum(map(len, re.findall('data:image/webp[^"]*', text))) < page.BUDGET
 
@@ -88,6 +91,7 @@ def test_a_page_tells_what_a_run_has_written_down(tmp_path):
     assert "<script>alert" not in text and text.count("</script>") == 3
     visible = html.unescape(text)
     assert f"is 3 times the base model's: {NASTY}" in visible and "1 warning" in visible
+    assert "<li>iteration 9, <b>sharpness</b>" in text and '<img src="data:image/webp' in text
     for section in (
         "Result",
         "Same prompts and seeds",
@@ -120,7 +124,7 @@ def test_a_page_tells_what_a_run_has_written_down(tmp_path):
 
 def test_long_runs_are_drawn_by_means_of_neighbours():
     lines = [{"iteration": n, "a": None if 4 <= n < 8 else float(n)} for n in range(10)]
-    run = page.Run("run", lines, {}, [], [], [], [])
+    run = runs.Run("run", lines, {}, [], [], [], [])
     assert page._curve(run, "a", 5) == {"x": [1, 3, 5, 7, 9], "y": [0.5, 2.5, None, None, 8.5]}
     assert page._curve(run, "a", 3) == {"x": [3, 7, 9], "y": [1.5, None, 8.5]}
     assert page._curve(run, "none", 3)["y"] == []
@@ -148,7 +152,7 @@ def test_runs_are_compared_and_a_sweep_is_its_runs(tmp_path, monkeypatch):
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path, capsys):
-    page.refresh(tmp_path)
+    page.refresh_report(tmp_path)
     assert "WARNING: report.html is not written: ValueError:" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -187,7 +191,7 @@ def test_a_browser_shows_it(tmp_path):
                     tab.on("dialog", lambda dialog, errors=errors: (errors.append(dialog.message), dialog.dismiss()))
                     tab.on("request", lambda request, requests=requests: requests.append(request.url))
                     tab.goto(f"file://{tmp_path}/{name}.html")
-                    check_page(tab, runs=1 if name == "one" else 2)
+                    check_page(tab, compares=name == "two")
                     assert not errors and [url for url in requests if not url.startswith("data:")] == [tab.url]
                     assert tab.evaluate("document.documentElement.scrollWidth") == width
                     grounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -196,7 +200,7 @@ def test_a_browser_shows_it(tmp_path):
         browser.close()
 
 
-def check_page(tab, runs):
+def check_page(tab, compares):
     charts = tab.locator(".chart canvas")
     assert charts.count() == tab.locator(".chart").count() > 10
     drawn = "all => all.map(c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v))"
@@ -226,7 +230,7 @@ def check_page(tab, runs):
     tab.get_by_label("order").select_option(label="in their order")
     assert tab.locator("#pairs .pair p").first.inner_text() == " ".join(NASTY.split())
 
-    if runs > 1:
+    if compares:
 
         def listed():
             return tab.locator("table.sortable tbody th").all_inner_texts()
