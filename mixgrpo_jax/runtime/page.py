@@ -122,8 +122,9 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     sections: list[dict[str, Any]] = [{"title": t, "note": note, "charts": [], "same": []} for t, _, note in SECTIONS]
     keys = dict.fromkeys(key for run in runs for line in run.lines for key in line if key != "iteration")
     for key in keys:
-        name = key.removesuffix("/mean")
-        if f"{key.rsplit('/', 1)[0]}/mean" in keys and key.endswith(("/std", "/within")):
+        stem, _, kind = key.rpartition("/")
+        name = stem if kind == "mean" and f"{stem}/std" in keys else key
+        if kind in ("std", "within") and f"{stem}/mean" in keys:
             continue  # the band of the mean
         curves = [_curve(run, key, POINTS // len(runs) + 1) for run in runs]
         values = {value for curve in curves for value in curve["y"] if value is not None}
@@ -219,15 +220,15 @@ def encoded(image: np.ndarray, edge: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def number(value: Any) -> str:
-    """A number for people, of four digits; a dash for what is none.
+def number(value: Any, digits: int = 4) -> str:
+    """A number for people; a dash for what is none.
 
     >>> number(0.123456), number(1920.0), number(float("nan"))
     ('0.1235', '1,920', '–')
     """
     if value is None or value != value:
         return "–"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:

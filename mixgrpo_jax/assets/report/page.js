@@ -80,7 +80,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => char
 
 // Pictures.
 function picture(parent) {
-  const image = element("img", parent, { loading: "lazy", alt: "" });
+  const image = element("img", parent, { alt: "" });
   image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 96));
   return image;
 }
@@ -152,7 +152,7 @@ function pairs(holder) {
     const select = element("select", controls);
     select.setAttribute("aria-label", label);
     options.forEach((text, value) => element("option", select, { value, textContent: text }));
-    select.addEventListener("change", () => show(24));
+    select.addEventListener("change", () => show(12));
     return select;
   };
   const which = choice("run", shown.map((run) => run.name));
@@ -162,8 +162,8 @@ function pairs(holder) {
   const order = choice("order", ["best change first", "worst change first", "in their order"]);
   const grid = element("div", holder, { className: "pairs" });
   const more = element("button", holder, { textContent: "Show more" });
-  let count = 24;
-  more.addEventListener("click", () => show(count + 48));
+  let count = 12;
+  more.addEventListener("click", () => show(count + 36));
 
   const show = (limit) => {
     count = limit;
@@ -202,7 +202,7 @@ function pairs(holder) {
     }
     more.hidden = rows.length <= count;
   };
-  show(24);
+  show(12);
 }
 
 strip(document.getElementById("strip"));
