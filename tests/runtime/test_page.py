@@ -4,13 +4,17 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mixgrpo_jax.engine.held_out import Assessment
+from mixgrpo_jax.report import folders
 from mixgrpo_jax.runtime import intervals, page, runs
+from tests.python import ROOT
 
 NASTY = "</script><script>alert('a sign')</script> & \"quotes\""
 DATA = re.compile('<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -131,21 +135,26 @@ def test_long_runs_are_drawn_by_means_of_neighbours():
 
 
 def test_runs_are_compared_and_a_sweep_is_its_runs(tmp_path, monkeypatch):
-    for name, seed in (("a", 1), ("b", 2)):
-        made_up(tmp_path / "sweep" / name, iterations=4, every=2, side=16, seed=seed)
+    names = ["a", "b,seed=2"]
+    first, second = (tmp_path / "sweep" / name for name in names)
+    for folder, seed in ((first, 1), (second, 2)):
+        made_up(folder, iterations=4, every=2, side=16, seed=seed)
     for name in ("warnings.jsonl", "config.json", "held_out/prompts.json"):
-        (tmp_path / "sweep" / "b" / name).unlink()
-    (tmp_path / "sweep" / "b" / "held_out" / "2.npz").write_bytes(b"broken")
-    page.write(tmp_path / "report.html", [tmp_path / "sweep"])
-    text, data = read(tmp_path / "report.html")
-    assert [run["name"] for run in data["runs"]] == ["a", "b"] and "<title>2 runs" in text
+        (second / name).unlink()
+    (second / "held_out" / "2.npz").write_bytes(b"broken")
+    command = [sys.executable, "-m", "mixgrpo_jax.report", f"--workdir={tmp_path / 'sweep'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'sweep' / 'report.html'}\n" and "2.npz cannot be read" in done.stderr
+    text, data = read(tmp_path / "sweep" / "report.html")
+    assert [run["name"] for run in data["runs"]] == names and "<title>2 runs" in text
     assert [len(run["frames"]) for run in data["runs"]] == [3, 2]
     assert [curve["x"] for curve in chart(data, "grad_norm")["curves"]] == [[1, 2, 3, 4]] * 2
     assert "<tr><th>seed<td>1<td>None" in text
 
     monkeypatch.setattr(page, "BUDGET", 100)  # less than any picture
-    page.write(tmp_path / "report.html", [tmp_path / "sweep" / "a", tmp_path / "sweep" / "b"])
+    page.write(tmp_path / "report.html", [first, second])
     assert [run["frames"] for run in read(tmp_path / "report.html")[1]["runs"]] == [[], []]
+    assert folders([f"{first},{tmp_path}", str(second)]) == [first, tmp_path, second]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty' holds no metrics\.jsonl"):
         page.write(tmp_path / "report.html", [tmp_path / "empty"])
