@@ -16,7 +16,7 @@ from PIL import Image
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime.files import place, replaced
 from mixgrpo_jax.runtime.intervals import Interval, bootstrap, paired
-from mixgrpo_jax.runtime.runs import Frame, Run, find, names, read
+from mixgrpo_jax.runtime.runs import Frame, Run, find, labels, names, read
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "report"
 PHASES = ("rollout", "decode", "reward", "update", "evaluation", "checkpoint", "report")
@@ -29,9 +29,10 @@ SECTIONS = (  # a metric goes to the first that has a prefix of its name
     ("Time", ("time/",), "Seconds by phase, and throughput. The first iteration compiles, and may lie above."),
     ("Other", ("",), ""),
 )
-POINTS = 600  # of a curve; several runs share them
+POINTS = 1200  # of a curve; several runs share them
+WARNINGS = 12  # of which pictures are shown, of all runs together
 STRIP = 12  # prompts whose pictures are shown over time
-BUDGET = 3_600_000  # characters of all pictures together
+BUDGET = 3_300_000  # characters of all held-out pictures together
 # Tried in turn until the pictures fit: their longest edge in pixels, evaluations over time, prompts before and after.
 LEVELS = (
     (512, 16, 512),
@@ -59,13 +60,14 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
     import jinja2
 
     found = find(workdirs)
-    runs = [read(workdir, name) for workdir, name in zip(found, names(found))]
+    runs = [read(workdir, name, WARNINGS // len(found)) for workdir, name in zip(found, names(found))]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
     environment.filters |= {"encoded": encoded, "number": number, "seconds": duration}
     environment.filters["text"] = lambda value: "''" if value == "" else value
     fields = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in fields}
-    data, result = {"sections": charts(runs), "runs": pictures(runs)}, [results(run) for run in runs]
+    data = {"sections": charts(runs), "runs": pictures(runs), "labels": labels([run.name for run in runs])}
+    result = [results(run) for run in runs]
     html = environment.get_template("page.html").render(
         runs=runs,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",

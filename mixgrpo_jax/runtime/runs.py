@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 import zipfile
 import zlib
@@ -69,8 +70,19 @@ def names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def read(workdir: Path, name: str) -> Run:
-    """All of it; what is broken is left out, and said."""
+def labels(names: Sequence[str]) -> list[str]:
+    """Names without what all of them begin with.
+
+    >>> labels(["rate=1e-05,seed=1", "rate=1e-04,seed=1"]), labels(["a"])
+    (['1e-05,seed=1', '1e-04,seed=1'], ['a'])
+    """
+    ends = [found.end() for found in re.finditer("[=,/_]", names[0])] if len(names) > 1 else []
+    same = max((end for end in ends if all(name.startswith(names[0][:end]) for name in names)), default=0)
+    return [name[same:] or name for name in names]
+
+
+def read(workdir: Path, name: str, pictures: int = 12) -> Run:
+    """All of it, with so many pictures of warnings; what is broken is left out, and said."""
     lines, prompts = metrics.read(workdir / "metrics.jsonl"), workdir / HELD_OUT / PROMPTS
     config = workdir / "config.json"
     frames = []
@@ -87,17 +99,17 @@ def read(workdir: Path, name: str) -> Run:
         name,
         lines,
         dict(_flat(json.loads(config.read_text()))) if config.is_file() else {},
-        _warnings(workdir),
+        _warnings(workdir, pictures),
         metrics.read(workdir / "history.jsonl"),
         json.loads(prompts.read_text()) if prompts.is_file() else [],
         frames,
     )
 
 
-def _warnings(workdir: Path) -> list[dict]:
+def _warnings(workdir: Path, pictures: int) -> list[dict]:
     """Those of monitors, the first of them with their pictures."""
     warnings = metrics.read(workdir / "warnings.jsonl")
-    for warning in warnings[:12]:
+    for warning in warnings[:pictures]:
         picture = workdir / "warnings" / f"{warning['iteration']}_{str(warning.get('monitor')).replace('/', '_')}.png"
         if picture.is_file():
             with picture.open("rb") as file, Image.open(file) as image:

@@ -1,5 +1,5 @@
 "use strict";
-const { sections, runs } = JSON.parse(document.getElementById("data").textContent);
+const { sections, runs, labels } = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#4269d0", "#e29a00", "#ff725c", "#4fb3a0", "#3ca951", "#e874a8", "#a463f2", "#9c6b4e"];
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 const short = (value) => (value == null ? "–" : String(+value.toPrecision(4)));
@@ -32,7 +32,7 @@ function draw(parent, { title, curves, top }) {
     const [colour, at] = [COLOURS[run % 8], series.length];
     tables.push([curve.x, curve.y]);
     series.push({
-      label: runs.length > 1 ? runs[run].name : title.split("/").pop(),
+      label: runs.length > 1 ? labels[run] : title.split("/").pop(),
       stroke: colour,
       width: 1.6,
       points: { show: curve.x.length < 25, size: 5 },
