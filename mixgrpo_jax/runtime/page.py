@@ -66,10 +66,12 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
     environment.filters["text"] = lambda value: "''" if value == "" else value
     fields = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in fields}
-    data = {"sections": charts(runs), "runs": pictures(runs), "labels": labels([run.name for run in runs])}
+    short = labels([run.name for run in runs])
+    data = {"sections": charts(runs), "runs": pictures(runs), "labels": short}
     result = [results(run) for run in runs]
     html = environment.get_template("page.html").render(
         runs=runs,
+        labels=short,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         written=time.strftime("%Y-%m-%d %H:%M"),
         results=result,

@@ -149,7 +149,7 @@ def test_runs_are_compared_and_a_sweep_is_its_runs(tmp_path, monkeypatch):
     assert [run["name"] for run in data["runs"]] == names and "<title>2 runs" in text
     assert [len(run["frames"]) for run in data["runs"]] == [3, 2]
     assert [curve["x"] for curve in chart(data, "grad_norm")["curves"]] == [[1, 2, 3, 4]] * 2
-    assert "<tr><th>seed<td>1<td>None" in text
+    assert "<tr><th>seed<td>1<td>None" in text and '<span title="b,seed=2">b,seed=2</span>' in text
 
     monkeypatch.setattr(page, "BUDGET", 100)  # less than any picture
     page.write(tmp_path / "report.html", [first, second])

@@ -36,7 +36,8 @@ function draw(parent, { title, curves, top }) {
       stroke: colour,
       width: 1.6,
       points: { show: curve.x.length < 25, size: 5 },
-      value: (_, value) => short(value),
+      // Of a run that has ended, its last.
+      value: (chart, value, at, index) => short(value ?? chart.data[at].slice(0, (index ?? -1) + 1).findLast((y) => y != null)),
     });
     if (!curve.low || runs.length > 4) return; // the bands of many runs hide each other
     tables.at(-1).push(curve.high, curve.low);
