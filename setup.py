@@ -65,7 +65,7 @@ setup(
         "numpy",
         "tokenizers",
         "pillow",
-        "scipy",  # segments, for the detector of scenes
+        "scipy",  # segments, for the detector of scenes; the normal distribution, for intervals
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
     ],
@@ -85,6 +85,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "playwright",  # with Debian's chromium, for the report
             "gcsfs",
             "google-cloud-storage",
             "fastapi",

@@ -4,9 +4,10 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
-checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/. The workdir may
-be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled programs, unless
-JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
+checkpoints/, held_out/ (scores and pictures of each evaluation), before_after.png, rewards.png, and report.html, which
+shows it all and is written anew at every evaluation; with profile.start a trace of some iterations, profile/. The
+workdir may be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled
+programs, unless JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
 """
 
 from mixgrpo_jax.runtime import progress
@@ -50,6 +51,7 @@ from mixgrpo_jax.runtime import app, boards, compiler, distributed, metrics, rep
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
 from mixgrpo_jax.runtime.files import Path, locked, place
+from mixgrpo_jax.runtime.page import refresh_report
 from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
@@ -145,9 +147,11 @@ def _train(
                 check_on_policy(settings, learned, drawn.plan, on_policy)
                 line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
                 line, pictures = line | {"optimizer/learning_rate": learning_rate(settings, done)}, {}
+                after = None
                 if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
+                        held_out.keep(workdir, done, after)
                     line, pictures = line | metrics.means("held_out", after.scores), page(after)
                 last = finished(done, state, host_state(planned), upcoming.sampled if upcoming else kept, line)
                 line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh) | pace.metrics(done)
@@ -157,8 +161,14 @@ def _train(
                 with timer("checkpoint"):
                     checkpoints.save(last, force=done == total)
             notice.agree()
+            if after and done < total:
+                with timer("report"):
+                    writer.flush()
+                    refresh_report(workdir)
 
-    after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
+    if not after:  # it was finished before
+        after = held_out.assess(chosen_average(settings, state), collector.frozen)
+        held_out.keep(workdir, planned.iteration, after)
     if distributed.is_first():
         _report(workdir, held_out, before, after)
     return after.scores
@@ -255,6 +265,7 @@ def _begin(
         return found, planned, upcoming, Assessment.load(before)
     with progress.doing("before training"):
         assessment = held_out.assess(state.params, collector.frozen)
+    held_out.keep(workdir, 0, assessment)
     workdirs.record(settings.config, workdir)
     if distributed.is_first():
         assessment.save(before)
@@ -278,10 +289,16 @@ def _report(workdir: Path, held_out: HeldOut, before: Assessment | None, after: 
         pictures = {when: assessment.images for when, assessment in shown.items()}
         report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
         report.curve(workdir)
+        refresh_report(workdir)
     progress.say("\n" + table(after.scores, held_out.groups, before and before.scores) + "\n")
     prompt = shlex.quote(held_out.prompts[0])
     progress.say(f"next: python -m mixgrpo_jax.sample --workdir={shlex.quote(str(workdir))} --prompt={prompt}\n")
-    paths = {"metrics": "metrics.jsonl", "curve": "rewards.png", "pictures": "before_after.png"}
+    paths = {
+        "metrics": "metrics.jsonl",
+        "curve": "rewards.png",
+        "pictures": "before_after.png",
+        "report": "report.html",
+    }
     for what, name in paths.items():
         progress.say(f"{what + ':':<10}{workdir / name}")
 
@@ -294,8 +311,8 @@ def describe(
     by_group = np.nan_to_num(lesson.advantage).reshape(settings.batch.prompts, -1)
     stochastic = [(s, steps) for s, steps in zip(settings.planner.layout, drawn.plan.segments) if s.sde]
     line = (
-        metrics.means("reward", {name: values[name] for name in settings.rewards})
-        | metrics.means("watched", {name: values[name] for name in settings.config.watched})
+        metrics.means("reward", {name: values[name] for name in settings.rewards}, settings.batch.prompts)
+        | metrics.means("watched", {name: values[name] for name in settings.config.watched}, settings.batch.prompts)
         | summarise(learned, settings.objective)
         | {"advantage/abs_mean": np.abs(metrics.scored(lesson.advantage)).mean()}
         | {"advantage/missing": int(np.isnan(lesson.advantage).sum())}

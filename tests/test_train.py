@@ -25,6 +25,7 @@ from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.runtime import page
 from mixgrpo_jax.runtime.files import place
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.sample import sample
@@ -74,6 +75,7 @@ def test_what_a_run_leaves(straight):
         assert line["compilations"] == 2
         for name in ("reward/ocr", "reward/colour", "watched/strict"):
             assert 0 <= line[f"{name}/mean"] <= 1 and 0 < line[f"{name}/std"] <= 0.5
+            assert line[f"{name}/within"] <= line[f"{name}/std"] + 1e-6
         assert 0.1 < line["advantage/abs_mean"] <= 5
         assert line["ratio/max_deviation"] < 5e-5 and line["ratio/max_deviation"] < line["ratio/drift"] < 0.1
         assert 0 <= line["ratio/clip_fraction"] < 1 and line["ratio/mean"] == pytest.approx(1, abs=0.01)
@@ -595,13 +597,30 @@ def counted(path):
     return function_reward(path)
 
 
-def test_a_run_builds_its_rewards_once(small_policy, tmp_path):
+def test_a_run_builds_its_rewards_once_and_shows_every_evaluation(small_policy, tmp_path, monkeypatch, capsys):
     config = fast(small_policy, 2)
     config.evaluation.every = 1
     config.reward_options = dict(slow=dict(kind=f"{__name__}:counted", path=f"{__name__}:slow_reward"))
     built.clear()
+    write, known = page.write, []
+
+    def refuse_once(path, workdirs):
+        known.append([line["iteration"] for line in lines(tmp_path)])
+        if len(known) == 1:
+            raise OSError("no space")
+        write(path, workdirs)
+
+    monkeypatch.setattr(page, "write", refuse_once)
     train.train(config, tmp_path)
     assert built == [f"{__name__}:slow_reward"]
+    assert known == [[0, 1], [0, 1, 2]]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"Report: {tmp_path / 'report.html'}"
+    assert "WARNING: report.html is not written: OSError: no space" in said.err
+    assert {path.name for path in (tmp_path / "held_out").iterdir()} == {"0.npz", "1.npz", "2.npz", "prompts.json"}
+    with np.load(tmp_path / "before.npz") as before, np.load(tmp_path / "held_out" / "0.npz") as kept:
+        np.testing.assert_array_equal(kept["slow"], before["slow"])
+    assert "<h2>Result</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """How a policy does on prompts that it is not trained on."""
 
 import functools
+import json
 import os
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from mixgrpo_jax.config import ConfigError, Evaluation, Settings
 from mixgrpo_jax.flow import plans, rollout, schedules
@@ -18,8 +20,8 @@ from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import score_chunks
-from mixgrpo_jax.runtime import compiler, distributed, progress
-from mixgrpo_jax.runtime.files import place, replaced
+from mixgrpo_jax.runtime import compiler, distributed, progress, runs
+from mixgrpo_jax.runtime.files import Path, place, replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
@@ -58,6 +60,18 @@ class Assessment(NamedTuple):
         arrays: dict[str, Any] = {"images": self.images, **self.scores}
         with replaced(path) as temporary:
             np.savez_compressed(temporary, **arrays)
+
+    def excerpt(self, edge: int = 512) -> "Assessment":
+        """All scores, and the pictures of the first prompts: 24, or as many as take 1 MiB; at most `edge` pixels long.
+
+        It is small enough to keep at every evaluation.
+        """
+        images = self.images[: max(24, 2**20 // self.images[0].nbytes)]
+        height, width = images.shape[1:3]
+        if (shrink := max(height, width) / edge) > 1:
+            size = (round(width / shrink), round(height / shrink))
+            images = np.stack([np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in images])
+        return Assessment(images, self.scores)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Assessment | None":
@@ -126,6 +140,15 @@ class HeldOut:
         with progress.doing(f"scoring {len(images)} pictures"):
             scores = distributed.map_rows(self._score, [images], [everything], self.prompts, self.metadata)
         return Assessment(images, {name: score.value for name, score in scores.items()})
+
+    def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> None:
+        """Write an assessment's excerpt and the prompts into workdir/held_out, on process 0: the report shows them."""
+        if distributed.is_first():
+            folder = workdir / runs.HELD_OUT
+            folder.mkdir(parents=True, exist_ok=True)
+            assessment.excerpt().save(folder / f"{iteration}.npz")
+            with replaced(folder / runs.PROMPTS) as file:
+                file.write_text(json.dumps(self.prompts))
 
 
 def table(

@@ -68,6 +68,7 @@ PHASES = {
     "update": "updating the policy",
     "evaluation": "evaluating",
     "checkpoint": "saving",
+    "report": "writing the report",
 }
 
 
@@ -117,12 +118,17 @@ def _trace(folder: str | os.PathLike) -> Iterator[None]:
             upload(pathlib.Path(written), folder)
 
 
-def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out."""
-    named = {f"{prefix}/{name}": scored(values) for name, values in scores.items()}
-    return {f"{n}/mean": float(v.mean()) for n, v in named.items()} | {
-        f"{n}/std": float(v.std()) for n, v in named.items()
-    }
+def means(prefix: str, scores: Mapping[str, np.ndarray], groups: int = 0) -> dict[str, float]:
+    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out.
+
+    Where they are of so many `groups`, also `/within`, the mean of the groups' own standard deviations.
+    """
+    named = {f"{prefix}/{name}": np.asarray(values) for name, values in scores.items()}
+    result = {f"{name}/mean": float(scored(values).mean()) for name, values in named.items()}
+    result |= {f"{name}/std": float(scored(values).std()) for name, values in named.items()}
+    for name, values in named.items() if groups else ():
+        result[f"{name}/within"] = float(scored([scored(group).std() for group in values.reshape(groups, -1)]).mean())
+    return result
 
 
 def scored(values: Any) -> np.ndarray:
@@ -135,12 +141,14 @@ def scored(values: Any) -> np.ndarray:
 def throughput(
     timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
 ) -> dict[str, float]:
-    """Pictures a second of an iteration, and where the chip's peak is known, the share of it that its FLOPs make.
+    """Pictures a second of an iteration, device-seconds of all its phases, and where the chip's peak is known, the
+    share of it that its FLOPs make.
 
     The utilisation is of the seconds of rollout and update; of all, where rollouts are `overlapped` with rewards.
     """
     work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
+    result["time/device_seconds"] = devices * sum(timer.seconds.values())
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     if peak:

@@ -40,10 +40,13 @@ def test_means_and_throughput():
     with_none = {"a": np.array([np.nan, 1.0, np.nan, 3.0], np.float32), "b": np.full(2, np.nan)}
     expected |= {"reward/b/mean": np.nan, "reward/b/std": np.nan}
     assert metrics.means("reward", with_none) == pytest.approx(expected, nan_ok=True)
+    grouped = metrics.means("reward", {"a": np.array([1.0, 3.0, 5.0, np.nan, np.nan, np.nan])}, groups=3)
+    assert grouped["reward/a/within"] == pytest.approx(0.5) and grouped["reward/a/mean"] == 3  # of groups that have any
     timer = metrics.PhaseTimer()
     timer.seconds = {"rollout": 1.0, "reward": 2.0, "update": 1.0}
     result = metrics.throughput(timer, samples=8, flops=1.0, devices=1)
-    assert result == {"time/iteration": 4.0, "time/images_per_second": 2.0}  # no peak is known of a CPU
+    times = {"time/iteration": 4.0, "time/images_per_second": 2.0, "time/device_seconds": 4.0}
+    assert result == times  # no peak is known of a CPU
     assert timer.metrics() == {"time/rollout": 1.0, "time/reward": 2.0, "time/update": 1.0}
 
 
@@ -56,6 +59,7 @@ def test_utilisation_is_of_the_seconds_in_which_the_policy_is_at_work(monkeypatc
     assert result == {
         "time/iteration": 8.5,
         "time/images_per_second": 2.0,
+        "time/device_seconds": 117.0,  # the checkpoint's too
         "time/utilisation": pytest.approx(120.0 / busy / 200.0),
     }
 
