@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime import distributed, metrics
 from mixgrpo_jax.runtime.files import place, replaced
 from mixgrpo_jax.runtime.intervals import Interval, bootstrap, paired
 from mixgrpo_jax.runtime.runs import Frame, Run, find, labels, names, read
