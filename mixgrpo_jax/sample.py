@@ -60,7 +60,7 @@ def sample(
     for start in tqdm(range(0, len(prompts), size), "sample", disable=not first):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
         cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
-        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
+        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])[0]))
     images = np.concatenate(drawn)[: len(prompts)]
     if first:
         write(place(workdir) / "samples", images)
