@@ -173,8 +173,8 @@ class Results(NamedTuple):
     def by_prompt(self, of: Scored) -> dict[str, np.ndarray]:
         """Scores {name: [N]}, the mean of each prompt's samples that have one; NaN where none has."""
         k = self.held_out.samples
-        rows = {name: np.ma.masked_invalid(value.reshape(-1, k)) for name, value in of.scores.items()}
-        return {name: row.mean(1).astype(float).filled(np.nan) for name, row in rows.items()}
+        rows = {name: np.ma.masked_invalid(value.reshape(-1, k).astype(float)) for name, value in of.scores.items()}
+        return {name: row.mean(1).filled(np.nan) for name, row in rows.items()}
 
     def intervals(self) -> dict[str, dict[str, Any]]:
         """Of each score the prompts that have one, the mean and its interval."""
