@@ -150,8 +150,8 @@ def test_checkpoints_and_what_lies_elsewhere_are_named_alike(run, tmp_path):
         (dict(prompts="{folder}/empty.txt"), r"prompts='.*empty.txt' holds no prompt"),
         (dict(prompts="{folder}/latin.txt"), r"latin.txt, line 1 is not UTF-8: it has the byte 0xe9"),
         (
-            dict(rewards=["strict"]),
-            r"prompts='.*mine.jsonl': a prompt has no '\w+'. This is of the reward 'strict'. Give",
+            dict(rewards=["colour"]),
+            r"prompts='.*mine.jsonl': a prompt has no '\w+'. This is of the reward 'colour'. Give",
         ),
         (dict(samples=0), r"samples=0: it must be at least 1"),
         (dict(pictures=-1), r"pictures=-1: it must be at least 0"),
