@@ -325,7 +325,6 @@ class Evaluation:
         _check_numbers(self, "evaluation")
         _choice("evaluation.solver", self.solver, SOLVERS)
         _choice("evaluation.spacing", self.spacing, SPACINGS)
-        _divides("evaluation.batch", self.batch, "evaluation.prompts", self.prompts)
         _check_order("evaluation.solver_order", self.solver_order, "evaluation.solver", self.solver)
         if self.trained_steps is not None and not 0 <= self.trained_steps <= self.num_steps:
             raise ConfigError(

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags, logging
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import make_draw
 from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
@@ -51,25 +52,37 @@ def sample(
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
     mesh = mesh_of(settings)
+    with jax.set_mesh(mesh):
+        images = _draw(settings, mesh, workdir, prompts, noise, base)
+    if distributed.is_first():
+        write(place(workdir) / "samples", images)
+    return images
+
+
+def _draw(
+    settings: Settings,
+    mesh: Any,
+    workdir: str | os.PathLike,
+    prompts: Sequence[str],
+    noise: np.ndarray | None,
+    base: bool,
+) -> np.ndarray:
     parts, policy, trainable, frozen = load_policy(settings, mesh)
     trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
-    draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
-    first = distributed.is_first()
-    if first:
-        progress.say(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
+    options = settings.evaluation
+    draw, features = make_draw(policy, options, trainable.attach), jax.jit(policy.features)
+    if distributed.is_first():
+        progress.say(f"{source}, {options.num_steps} steps of {options.solver}")
 
     if noise is None:
-        key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
+        key, ids = jax.random.key(settings.config.seed), jnp.arange(len(prompts))
         noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
-    size, drawn = min(config.evaluation.batch, len(prompts)), []
+    size, drawn = min(options.batch, len(prompts)), []
     for start in progress.over(range(0, len(prompts), size), "drawing, batch", -(-len(prompts) // size)):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
         cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
-        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
-    images = np.concatenate(drawn)[: len(prompts)]
-    if first:
-        write(place(workdir) / "samples", images)
-    return images
+        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])[0]))
+    return np.concatenate(drawn)[: len(prompts)]
 
 
 def write(folder: Path, images: np.ndarray) -> None:

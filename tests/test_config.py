@@ -142,7 +142,7 @@ def put(config, field, value):
         ("terms", dict(mse_rollout=0.1), "terms.mse_rollout: .*log-probs alone are kept: kl_rollout"),
         ("advantage.ddof", 3, "advantage.ddof=3"),
         ("advantage.spread", "wide", "advantage.spread='wide' is unknown; choose from .*'even'.*module:function"),
-        ("evaluation.batch", 60, "evaluation.batch=60 does not divide the 256"),
+        ("evaluation.batch", 0, "evaluation.batch=0: it must be positive"),
         ("evaluation.solver_order", 2, "evaluation.solver_order=2: evaluation.solver='euler' is of order 1"),
         ("evaluation.average", "old", "evaluation.average='old': no such average is kept; give averages.old.decay"),
         ("averages.ema.decay", 1.0, r"averages.ema.decay=1.0 is not in \[0, 1\)"),

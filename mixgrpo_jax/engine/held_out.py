@@ -1,6 +1,7 @@
 """How a policy does on prompts that it is not trained on."""
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mixgrpo_jax.config import ConfigError, Evaluation, Settings
+from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.flow import plans, rollout, schedules
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
@@ -25,9 +27,11 @@ from mixgrpo_jax.runtime.files import Path, place, replaced
 from mixgrpo_jax.runtime.metrics import scored
 from mixgrpo_jax.tasks import load_task
 
+DIVERSITY = ("diversity/latents", "diversity/pixels")  # of several samples of a prompt, among its scores
 
-def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], Any]) -> Callable[..., jax.Array]:
-    """`draw(trained, frozen, cond, noise) -> images`: deterministic sampling by a config's `evaluation`, jitted.
+
+def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], Any]) -> Callable[..., tuple]:
+    """`draw(trained, frozen, cond, noise) -> images, latents`, by a config's `evaluation`: deterministic, and jitted.
 
     With `trained_steps` K, the trained policy takes the first K steps and the base the others (hybrid inference): what
     a picture says is decided early, what it looks like late.
@@ -44,13 +48,16 @@ def make_draw(policy: Policy, options: Evaluation, attach: Callable[[Any, Any], 
                 velocity = functools.partial(policy.velocity, params)
                 grid = sigmas[steps.start : steps.stop + 1]
                 x = rollout.integrate(velocity, grid, x, cond, orders=orders[steps], solver=options.solver)
-        return policy.decode(frozen, x)
+        return policy.decode(frozen, x), x
 
     return jax.jit(draw, compiler_options=compiler.options(jax.devices()))
 
 
 class Assessment(NamedTuple):
-    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}, NaN where there is none."""
+    """Held-out pictures [N, H, W, 3] uint8 and their scores {name: [N]}, NaN where there is none.
+
+    Of several samples a prompt, those of a prompt follow each other.
+    """
 
     images: np.ndarray
     scores: dict[str, np.ndarray]
@@ -86,7 +93,11 @@ class Assessment(NamedTuple):
 
 
 class HeldOut:
-    """The held-out prompts of a task, and how a policy is scored on them by rewards."""
+    """The held-out prompts of a task, or those that are `listed`, and how a policy is scored on them by rewards.
+
+    Every prompt has so many `samples`. Where there are several, how they differ is a score of each prompt beside those
+    of the rewards: that of their final latents and that of their pixels, which count from 0 to 1, see `diversity`.
+    """
 
     def __init__(
         self,
@@ -94,23 +105,28 @@ class HeldOut:
         policy: Policy,
         rewards: Sequence[Reward],
         attach: Callable[[Any, Any], Any] = lambda trained, base: trained,
+        listed: Sequence[Prompt] | None = None,
+        samples: int = 1,
     ):
-        self.options, self.policy = settings.evaluation, policy
+        self.options, self.policy, self.samples = settings.evaluation, policy, samples
         config = settings.config
         self._score = functools.partial(
             score_chunks, rewards, missing_share=config.missing_share, wait=config.reward_wait
         )
-        self.task = load_task(settings.data.name)
-        dataset = self.task.load("test", settings.data.folder)
-        if self.options.prompts > len(dataset):
-            raise ConfigError(
-                f"evaluation.prompts={self.options.prompts}: {settings.data.name} holds {len(dataset)} out; ask for "
-                "fewer"
-            )
-        self.elements = [dataset[i] for i in range(self.options.prompts)]
+        self.task = load_task(settings.data.name if listed is None else "features")
+        if listed is None:
+            dataset = self.task.load("test", settings.data.folder)
+            if self.options.prompts > len(dataset):
+                raise ConfigError(
+                    f"evaluation.prompts={self.options.prompts}: {settings.data.name} holds {len(dataset)} out; ask "
+                    "for fewer"
+                )
+            self.elements = [dataset[i] for i in range(self.options.prompts)]
+        else:
+            self.elements = [{"prompt": prompt.text, "metadata": prompt.metadata} for prompt in listed]
         self.prompts = [element["prompt"] for element in self.elements]
         self.metadata = [element["metadata"] for element in self.elements]
-        if settings.data.name != "features":  # whose lengths were checked as they were encoded
+        if listed is not None or settings.data.name != "features":  # whose lengths were checked as they were encoded
             try:
                 policy.tokenize(self.prompts)
             except ValueError as error:
@@ -121,25 +137,40 @@ class HeldOut:
         self._draw = make_draw(policy, self.options, attach)
         self._features = jax.jit(policy.features)
 
-    def draw(self, trained: Any, frozen: Any) -> np.ndarray:
-        """Pictures of the prompts, the same noise every time: a prompt's depends on its index, not on its batch."""
-        count, size = len(self.prompts), self.options.batch
-        images = []
+    def draw(self, trained: Any, frozen: Any) -> Assessment:
+        """Pictures of the prompts, with the scores that need no reward: how a prompt's samples differ.
+
+        The noise is the same every time: that of a prompt's sample depends on both their indices, not on its batch.
+        """
+        count, k = len(self.prompts), self.samples
+        size, images, apart = min(self.options.batch, count), [], []
         for start in progress.over(range(0, count, size), "drawing held-out pictures, batch", -(-count // size)):
-            index = np.arange(start, start + size)
-            batch = self.task.collate([self.elements[i] for i in index])
-            cond = batch.get("features") or self._features(frozen, self.policy.tokenize(batch["prompt"]))
-            noise = rollout.initial_noise(Sampler(), self.key, jnp.asarray(index), self.policy.latent_shape)
-            images.append(distributed.gather(self._draw(trained, frozen, cond, noise)))
-        return np.concatenate(images)
+            index = np.arange(start, start + size) % count  # a short last batch is filled up: one program
+            chosen = [self.elements[i] for i in index]
+            if "features" in chosen[0]:
+                cond = self.task.collate(chosen)["features"]
+            else:
+                cond = self._features(frozen, self.policy.tokenize([element["prompt"] for element in chosen]))
+            drawn = [self._draw(trained, frozen, cond, self._noise(index, sample)) for sample in range(k)]
+            images.append(np.stack([distributed.gather(image) for image, _ in drawn], 1))
+            if k > 1:
+                latents = np.stack([distributed.gather(latent) for _, latent in drawn], 1)
+                apart.append([diversity(latents), diversity(images[-1]) / 255])
+        pictures = np.concatenate(images)[:count]
+        values = np.concatenate(apart, 1)[:, :count].repeat(k, 1) if k > 1 else ()
+        return Assessment(pictures.reshape(-1, *pictures.shape[2:]), dict(zip(DIVERSITY, values)))
+
+    def _noise(self, index: np.ndarray, sample: int) -> jax.Array:
+        key = jax.random.fold_in(self.key, sample) if sample else self.key
+        return rollout.initial_noise(Sampler(), key, jnp.asarray(index), self.policy.latent_shape)
 
     def assess(self, trained: Any, frozen: Any) -> Assessment:
         """Pictures of the prompts and their scores by every reward."""
-        images = self.draw(trained, frozen)
-        everything = np.arange(len(images))
+        images, apart = self.draw(trained, frozen)
+        columns = ([value for value in column for _ in range(self.samples)] for column in (self.prompts, self.metadata))
         with progress.doing(f"scoring {len(images)} pictures"):
-            scores = distributed.map_rows(self._score, [images], [everything], self.prompts, self.metadata)
-        return Assessment(images, {name: score.value for name, score in scores.items()})
+            scores = distributed.map_rows(self._score, [images], [np.arange(len(images))], *columns)
+        return Assessment(images, {name: score.value for name, score in scores.items()} | apart)
 
     def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> None:
         """Write an assessment's excerpt and the prompts into workdir/held_out, on process 0: the report shows them."""
@@ -149,6 +180,19 @@ class HeldOut:
             assessment.excerpt().save(folder / f"{iteration}.npz")
             with replaced(folder / runs.PROMPTS) as file:
                 file.write_text(json.dumps(self.prompts))
+
+
+def diversity(samples: np.ndarray) -> np.ndarray:
+    """How K samples of each of P prompts differ: the mean distance of two of them, [P, K, ...] -> [P].
+
+    The distance is the root mean square of the difference, over all numbers of a sample: it does not grow with the
+    picture's size. Equal samples are 0 apart, independent ones of unit variance sqrt(2).
+    """
+
+    def distance(pair: tuple[np.ndarray, np.ndarray]) -> float:
+        return float(np.sqrt(np.square(pair[0].astype(np.float32) - pair[1]).mean()))
+
+    return np.array([np.mean(list(map(distance, itertools.combinations(of_prompt, 2)))) for of_prompt in samples])
 
 
 def table(

@@ -57,7 +57,8 @@ def bootstrap(values: Any, level: float = 0.95, resamples: int = 2000, seed: int
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=CHUNK).astype(np.float64)  # how often each prompt is
         parts.append(drawn @ centred / np.maximum(drawn @ there, 1))
     errors = np.sort(np.concatenate(parts), axis=0)
-    below = ((errors < 0).mean(0) + (errors <= 0).mean(0)) / 2
+    tie = 1e-9 * np.abs(centred).max(0)  # resamples whose mean is the same up to rounding
+    below = ((errors < -tie).mean(0) + (errors <= tie).mean(0)) / 2
     bias = special.ndtri(below.clip(1 / len(errors), 1 - 1 / len(errors)))
     skew = (centred**3).sum(0) / np.maximum((centred**2).sum(0), 1e-100) ** 1.5 / 6
     bounds = []

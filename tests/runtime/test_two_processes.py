@@ -34,11 +34,12 @@ config.mesh.data, config.mesh.fsdp = 2, -1
 config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 4, 2, 1
 config.batch.decode = 1
 config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 3, 1, 1
-config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 6, 2
+config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 4, 2
 config.rewards, config.watched = dict(colour=1.0), ("ocr",)
 train.train(config, workdir)
 if config.model.lora.rank:
-    assert 0 < evaluate.evaluate(config, workdir)["colour"] < 1
+    scores = evaluate.evaluate(config, workdir, against="base", samples=2)
+    assert 0 < scores["colour"] < 1 and scores["diversity/latents"] > 0
     assert sample.sample(config, workdir, ["a red sign that says 1 in blue"] * 3).shape == (3, 16, 48, 3)
 """
 
@@ -186,7 +187,7 @@ def test_a_state_is_the_same_bits_on_one_device_on_eight_on_two_processes_and_on
 def test_two_processes_train_adapters_evaluate_and_sample(small_policy, tmp_path):
     log, _ = run(tmp_path / "lora", small_policy, 2, rank=2)
     assert [line["iteration"] for line in log] == [0, 1, 2, 3]
-    assert (tmp_path / "lora" / "held_out.png").is_file()
+    assert len((tmp_path / "lora" / "evaluation" / "scores.csv").read_text().splitlines()) == 1 + 6 * 2
     assert len(list((tmp_path / "lora" / "samples").glob("00?.png"))) == 3
 
 
