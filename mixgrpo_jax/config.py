@@ -764,6 +764,7 @@ def _check_sizes(settings: Settings) -> None:
             f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
             "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
         )
+    _check_credit(settings)
     if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
         raise ConfigError(
             f"select.name='replay', objective.name={settings.config.objective.name!r}: the objective does not correct "
@@ -771,6 +772,19 @@ def _check_sizes(settings: Settings) -> None:
         )
     if settings.objective.span == "group":
         _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)
+
+
+def _check_credit(settings: Settings) -> None:
+    credit = settings.advantage
+    if credit.spread == "temporal" and "rows" not in settings.objective.needs:
+        raise ConfigError(
+            f"advantage.spread='temporal' with objective.name={settings.config.objective.name!r}: it trains on clean "
+            "samples, and no step of theirs; set advantage.spread='even'"
+        )
+    for reward, _, where in (route.partition(":") for route in credit.routes):
+        _choice("advantage.routes", reward, settings.rewards)
+        if credit.spread == "regions":
+            _choice("advantage.routes", where, ("inside", "outside"))
 
 
 def _check_roles(settings: Settings) -> None:

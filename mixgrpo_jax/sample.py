@@ -80,7 +80,7 @@ def _draw(
     size, drawn = min(options.batch, len(prompts)), []
     for start in progress.over(range(0, len(prompts), size), "drawing, batch", -(-len(prompts) // size)):
         index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
-        cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
+        cond = features(frozen, policy.tokenize([prompts[i] for i in index.tolist()]))
         drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])[0]))
     return np.concatenate(drawn)[: len(prompts)]
 

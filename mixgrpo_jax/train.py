@@ -227,7 +227,8 @@ def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, T
             progress.say(f"WARNING: {note}")
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
-    return parts, collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)
+    held_out = HeldOut(settings, policy, rewards, trainable.attach, check=collector.check)
+    return parts, collector, held_out, programs.init(trainable.params)
 
 
 def _begin(

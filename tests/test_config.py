@@ -387,6 +387,21 @@ def test_a_choice_that_cannot_be_is_refused_by_name(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("spread", "routes", "message"),
+    [
+        ("temporal", (), "advantage.spread='temporal' with objective.name='nft': it trains on clean samples"),
+        ("routes", ("ocrr:image",), "advantage.routes='ocrr' is unknown; choose from colour, ocr; did you mean ocr"),
+        ("regions", ("ocr:above",), "advantage.routes='above' is unknown; choose from inside, outside"),
+    ],
+)
+def test_credit_that_nothing_can_give_is_refused(spread, routes, message):
+    config = configs.load("nft", HERE)
+    config.advantage.spread, config.advantage.routes = spread, routes
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.resolve(config)
+
+
 @dataclass(frozen=True)
 class Toy(Objective):
     """An objective of one's own."""

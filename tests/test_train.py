@@ -28,6 +28,7 @@ from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.runtime import page
 from mixgrpo_jax.runtime.files import place
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from mixgrpo_jax.runtime.metrics import compilations
 from mixgrpo_jax.sample import sample
 from tests.python import ROOT, run_program
 
@@ -193,6 +194,27 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
     config.objective.reduce = "sum"
     with pytest.raises(RuntimeError, match=r"rollout and update disagree.* at step \d \(sigma"):
         train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"advantage.spread": "map"}, "spread='map': none of the rewards slow gives a map; choose 'even'"),
+        (
+            {"advantage.spread": "routes", "advantage.routes": ("slow:audio",)},
+            "has no tokens 'audio'; choose from image",
+        ),
+        ({"mesh.rollout_fsdp": 3}, "mesh.rollout_fsdp=3 does not divide mesh.fsdp=1: choose a divisor"),
+        ({"model.text_length": 3}, "model.text_length=3: prompt 'a .*' has [0-9]+ tokens; the model takes 3"),
+    ],
+)
+def test_what_only_the_parts_of_a_run_know_is_refused_before_it_compiles(small_policy, tmp_path, fields, message):
+    config = fast(small_policy)
+    config.update_from_flattened_dict(fields)
+    before = compilations("draw_samples", "update_policy")
+    with pytest.raises(configs.ConfigError, match=message):
+        train.train(config, tmp_path)
+    assert compilations("draw_samples", "update_policy") == before
 
 
 @pytest.mark.parametrize("iterations", [1, pytest.param(3, marks=pytest.mark.slow)])

@@ -7,7 +7,7 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.flow import plans, rollout, schedules
 from mixgrpo_jax.flow.sampler import Sampler
 from mixgrpo_jax.models.policy import Policy
-from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.contract import Reward, Score
 from mixgrpo_jax.rewards.scoring import score_chunks
 from mixgrpo_jax.runtime import compiler, distributed, progress, runs
 from mixgrpo_jax.runtime.files import Path, place, replaced
@@ -107,7 +107,10 @@ class HeldOut:
         attach: Callable[[Any, Any], Any] = lambda trained, base: trained,
         listed: Sequence[Prompt] | None = None,
         samples: int = 1,
+        check: Callable[[Mapping[str, Score]], None] = lambda scores: None,
     ):
+        """`check` may refuse the scores that the rewards give."""
+        self.check = check
         self.options, self.policy, self.samples = settings.evaluation, policy, samples
         config = settings.config
         self._score = functools.partial(
@@ -170,6 +173,7 @@ class HeldOut:
         columns = ([value for value in column for _ in range(self.samples)] for column in (self.prompts, self.metadata))
         with progress.doing(f"scoring {len(images)} pictures"):
             scores = distributed.map_rows(self._score, [images], [np.arange(len(images))], *columns)
+        self.check(scores)
         return Assessment(images, {name: score.value for name, score in scores.items()} | apart)
 
     def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
+from mixgrpo_jax.config import BatchSizes, ConfigError, Optimizer, Settings, share
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.plans import Layout, Plan
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
@@ -247,8 +247,11 @@ def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
     """
     drawn = drawing(settings, mesh)
     fsdp = drawn.shape["fsdp"]
+    asked = settings.mesh.rollout_fsdp or fsdp
+    if fsdp % asked:
+        raise ConfigError(f"mesh.rollout_fsdp={asked} does not divide mesh.fsdp={fsdp}: choose a divisor")
     if settings.mesh.rollout_fsdp is not None or fsdp == 1:
-        return settings.mesh.rollout_fsdp or fsdp
+        return asked
     if (memory := _memory(settings, parts, mesh)) is None:
         return fsdp
     ways = meshes.batch_ways(drawn)
