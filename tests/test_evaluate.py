@@ -130,6 +130,7 @@ def test_a_comparison_is_of_the_same_prompts_and_noise_and_leaves_every_score(ru
     assert [path.name for path in (workdir / "evaluation").rglob("*.png")] == ["0000.png"]
 
 
+@pytest.mark.slow
 def test_checkpoints_and_what_lies_elsewhere_are_named_alike(run, tmp_path):
     config, workdir, prompts = run
 
