@@ -26,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The mixgrpo_jax authors",
     license="Apache-2.0",
-    license_files=["LICENSE", "mixgrpo_jax/assets/*/NOTICE"],
+    license_files=["LICENSE", "mixgrpo_jax/assets/*/NOTICE", "mixgrpo_jax/assets/*/LICENSE.*"],
     keywords=["grpo", "flow matching", "diffusion", "reinforcement learning", "text-to-image", "jax", "flax", "tpu"],
     classifiers=[
         "Development Status :: 4 - Beta",

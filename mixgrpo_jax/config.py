@@ -8,6 +8,7 @@ Each section is a frozen dataclass, here or beside what it sets, and its docstri
 reward or task is imported before it is named.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,7 +19,7 @@ import pkgutil
 import runpy
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,17 @@ RENAMED = {
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field, the value and the remedy."""
+
+
+@contextlib.contextmanager
+def refusing(begins: str = "") -> Iterator[None]:
+    """Raise as ConfigError what a part of the project refuses by a ValueError; its words begin with `begins`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{begins}{error}") from None
 
 
 def _require(valid: bool, name: str, value: Any, remedy: str) -> None:
@@ -727,12 +739,8 @@ def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> A
 def _averages(config: ml_collections.ConfigDict) -> dict[str, Average]:
     averages = {}
     for name, fields in config.averages.items():
-        try:
+        with refusing(f"averages.{name}."):
             averages[name] = _make(Average, f"averages.{name}", fields)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"averages.{name}.{error}") from None
     return {name: rule for name, rule in averages.items() if rule.decay or rule.by == "iteration"}
 
 

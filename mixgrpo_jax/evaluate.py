@@ -21,10 +21,12 @@ if __name__ == "__main__":
     progress.begin()  # the imports below take seconds
 
 import csv
+import functools
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -169,7 +171,8 @@ def _assess(
     return opened.held_out, found
 
 
-class Results(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Results:
     """What a policy gives for prompts, and where there is one, another policy before it."""
 
     held_out: HeldOut
@@ -182,11 +185,13 @@ class Results(NamedTuple):
         rows = {name: np.ma.masked_invalid(value.reshape(-1, k).astype(float)) for name, value in of.scores.items()}
         return {name: row.mean(1).filled(np.nan) for name, row in rows.items()}
 
+    @functools.cached_property
     def intervals(self) -> dict[str, dict[str, Any]]:
         """Of each score the prompts that have one, the mean and its interval."""
         scores = self.by_prompt(self.after)
         return {name: {"n": int((~np.isnan(v)).sum()), **bootstrap(v)._asdict()} for name, v in scores.items()}
 
+    @functools.cached_property
     def changes(self) -> dict[str, dict[str, Any]]:
         """Of each score the prompts that have both, and how it changed, see `paired`; none without a policy before."""
         if self.before is None:
@@ -201,7 +206,7 @@ class Results(NamedTuple):
 
     def table(self) -> str:
         """Each score's mean with its interval, or its change; then means, or changes, by group."""
-        columns, rows = (CHANGE, self.changes()) if self.before else (MEAN, self.intervals())
+        columns, rows = (CHANGE, self.changes) if self.before else (MEAN, self.intervals)
         cells = [["", *columns]]
         cells += [[name, *(form.format(**row) for form in columns.values())] for name, row in rows.items()]
         widths = [max(map(len, column)) for column in zip(*cells)]
@@ -225,7 +230,7 @@ class Results(NamedTuple):
             for i in range(len(self.after.images))
         ]
         about = dict(settings, policy=self.after.source, against=self.before and self.before.source, samples=k)
-        about |= dict(scores=self.intervals(), change=self.changes())
+        about |= dict(scores=self.intervals, change=self.changes)
         about |= dict(pictures=[row | {"groups": self.held_out.groups[row["id"] // k]} for row in rows])
         folder.mkdir(parents=True, exist_ok=True)
         with replaced(folder / "scores.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:

@@ -104,7 +104,7 @@ def _train(
     pace = metrics.Pace(total, begun - writer.seconds)
     checkpoints.before += [check_lock, writer.flush]
     if fresh and before:
-        writer.write(0, metrics.means("held_out", before.scores) | pace.metrics(0), page(before))
+        writer.write(0, metrics.means("held_out", before.scores) | pace.metrics(0), first_pictures(before.excerpt()))
 
     kept: Any = checkpoints.restore_samples if isinstance(settings.select, Replay) and not fresh else None
     last: Finished | None = None  # what can be saved, if it is not yet
@@ -151,8 +151,8 @@ def _train(
                 if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
-                        held_out.keep(workdir, done, after)
-                    line, pictures = line | metrics.means("held_out", after.scores), page(after)
+                        excerpt = held_out.keep(workdir, done, after)
+                    line, pictures = line | metrics.means("held_out", after.scores), first_pictures(excerpt)
                 last = finished(done, state, host_state(planned), upcoming.sampled if upcoming else kept, line)
                 line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh) | pace.metrics(done)
                 writer.write(done, line, pictures)  # before the save: a run that goes on has the line
@@ -278,9 +278,9 @@ def chosen_average(settings: Settings, state: TrainState) -> Any:
     return state.averages[settings.evaluation.average] if settings.evaluation.average else state.params
 
 
-def page(assessment: Assessment) -> dict[str, np.ndarray]:
+def first_pictures(excerpt: Assessment) -> dict[str, np.ndarray]:
     """The first held-out pictures, on one page, as TensorBoard and Weights & Biases get them."""
-    return {"held_out": report.tile(assessment.images[:24], columns=4)}
+    return {"held_out": report.tile(excerpt.images[:24], columns=4)}
 
 
 def _report(workdir: Path, held_out: HeldOut, before: Assessment | None, after: Assessment) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixgrpo_jax.config import ConfigError, Settings
+from mixgrpo_jax.config import ConfigError, Settings, refusing
 from mixgrpo_jax.engine.programs import Programs
 from mixgrpo_jax.engine.reward_grad import RewardGrad
 from mixgrpo_jax.flow.plans import Plan
@@ -77,10 +77,8 @@ class Collector:
         """Raise ConfigError where the scores of any pictures show that the rewards are not what the config asks for."""
         settings = self.settings
         if settings.advantage.spread in ("map", "regions") or "map" in settings.objective.needs:
-            try:
+            with refusing():
                 map_of(scores, shares(settings.rewards), settings.advantage)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
 
     @functools.cached_property
     def group(self) -> np.ndarray:

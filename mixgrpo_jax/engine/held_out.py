@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mixgrpo_jax.config import ConfigError, Evaluation, Settings
+from mixgrpo_jax.config import ConfigError, Evaluation, Settings, refusing
 from mixgrpo_jax.data.prompts import Prompt
 from mixgrpo_jax.flow import plans, rollout, schedules
 from mixgrpo_jax.flow.sampler import Sampler
@@ -87,7 +85,7 @@ class Assessment(NamedTuple):
             with place(path).open("rb") as opened, np.load(opened) as file:
                 scores = {name: file[name] for name in file.files}
             return cls(scores.pop("images"), scores)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except runs.BROKEN as error:
             print(f"WARNING: {path} cannot be read, and nothing is compared with it: {error}", file=sys.stderr)
             return None
 
@@ -130,10 +128,8 @@ class HeldOut:
         self.prompts = [element["prompt"] for element in self.elements]
         self.metadata = [element["metadata"] for element in self.elements]
         if listed is not None or settings.data.name != "features":  # whose lengths were checked as they were encoded
-            try:
+            with refusing(f"model.text_length={settings.model.text_length}: "):
                 policy.tokenize(self.prompts)
-            except ValueError as error:
-                raise ConfigError(f"model.text_length={settings.model.text_length}: {error}") from None
         self.groups = [self.task.groups(metadata) for metadata in self.metadata]
         # apart from every iteration's
         self.key = jax.random.fold_in(jax.random.key(settings.config.seed), 2**31 - 1)
@@ -176,14 +172,19 @@ class HeldOut:
         self.check(scores)
         return Assessment(images, {name: score.value for name, score in scores.items()} | apart)
 
-    def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> None:
-        """Write an assessment's excerpt and the prompts into workdir/held_out, on process 0: the report shows them."""
+    def keep(self, workdir: Path, iteration: int, assessment: Assessment) -> Assessment:
+        """Write an assessment's excerpt and the prompts into workdir/held_out, on process 0: the report shows them.
+
+        Returns the excerpt.
+        """
+        excerpt = assessment.excerpt()
         if distributed.is_first():
             folder = workdir / runs.HELD_OUT
             folder.mkdir(parents=True, exist_ok=True)
-            assessment.excerpt().save(folder / f"{iteration}.npz")
+            excerpt.save(folder / f"{iteration}.npz")
             with replaced(folder / runs.PROMPTS) as file:
                 file.write_text(json.dumps(self.prompts))
+        return excerpt
 
 
 def diversity(samples: np.ndarray) -> np.ndarray:

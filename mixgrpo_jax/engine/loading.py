@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mixgrpo_jax.config import ConfigError, Settings
+from mixgrpo_jax.config import Settings, refusing
 from mixgrpo_jax.engine.workdir import check
 from mixgrpo_jax.models import families, lora, lora_files
 from mixgrpo_jax.models.families import Parts
@@ -30,10 +30,8 @@ from mixgrpo_jax.tasks import load_task
 
 def mesh_of(settings: Settings) -> Any:
     """The config's mesh over all devices. Raises ConfigError where it does not fill them."""
-    try:
+    with refusing():
         return meshes.make_mesh(settings.config.mesh, samples=settings.update_samples)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def load_policy(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import BatchSizes, ConfigError, Optimizer, Settings, share
+from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, refusing, share
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.plans import Layout, Plan
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
@@ -247,12 +247,11 @@ def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
     """
     drawn = drawing(settings, mesh)
     fsdp = drawn.shape["fsdp"]
-    asked = settings.mesh.rollout_fsdp or fsdp
-    if fsdp % asked:
-        raise ConfigError(f"mesh.rollout_fsdp={asked} does not divide mesh.fsdp={fsdp}: choose a divisor")
-    if settings.mesh.rollout_fsdp is not None or fsdp == 1:
+    if (asked := settings.mesh.rollout_fsdp) is not None:
+        with refusing():
+            meshes.with_fsdp(drawn, asked)
         return asked
-    if (memory := _memory(settings, parts, mesh)) is None:
+    if fsdp == 1 or (memory := _memory(settings, parts, mesh)) is None:
         return fsdp
     ways = meshes.batch_ways(drawn)
     samples = settings.samples // ways if settings.samples % ways == 0 else settings.samples

@@ -1,6 +1,7 @@
 """The report of runs: one HTML file with their charts, pictures, costs and settings, which needs no network."""
 
 import base64
+import functools
 import io
 import json
 import os
@@ -111,8 +112,13 @@ def results(run: Run) -> list[dict[str, Any]]:
 def _interval(scores: np.ndarray | None, mean: float | None) -> Interval:
     """Of scores; where they were not kept, their mean without one."""
     if scores is not None:
-        return bootstrap(scores)
+        return _bootstrap(np.asarray(scores, np.float64).tobytes())
     return Interval(np.nan if mean is None else mean, np.nan, np.nan)
+
+
+@functools.lru_cache(maxsize=10_000)  # a run writes its report anew at every evaluation, of the same scores and more
+def _bootstrap(scores: bytes) -> Interval:
+    return bootstrap(np.frombuffer(scores))
 
 
 def cost(run: Run) -> dict[str, Any]:

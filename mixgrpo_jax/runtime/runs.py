@@ -16,6 +16,7 @@ from PIL import Image
 from mixgrpo_jax.runtime import metrics
 from mixgrpo_jax.runtime.files import Path, place
 
+BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading a torn .npz raises
 HELD_OUT, PROMPTS = "held_out", "prompts.json"  # in a workdir: pictures and scores by iteration, and their prompts
 
 
@@ -93,7 +94,7 @@ def read(workdir: Path, name: str, pictures: int = 12) -> Run:
         if file and any(key.startswith("held_out/") for key in line):
             try:
                 frames.append(Frame(at, file, _arrays(file)))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except BROKEN as error:
                 print(f"WARNING: {file} cannot be read, and is left out of the report: {error}", file=sys.stderr)
     return Run(
         name,
