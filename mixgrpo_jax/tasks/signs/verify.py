@@ -74,7 +74,7 @@ def nearest_colours(images: jax.typing.ArrayLike, palette: jax.typing.ArrayLike)
 
 
 def colour() -> Reward:
-    """Of signs: how near the colours are to `plate_rgb` and `digits_rgb` of the metadata, 0 to 1, see `colour_score`."""
+    """Of signs: how near the colours are to the metadata's `plate_rgb` and `digits_rgb`, 0 to 1, see `colour_score`."""
 
     def inputs(prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         del prompts
