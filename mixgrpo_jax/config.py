@@ -55,7 +55,7 @@ RENAMED = {
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: the message names the field, the value and the remedy."""
+    """An invalid setting: the message names the field, its value and the fix."""
 
 
 @contextlib.contextmanager

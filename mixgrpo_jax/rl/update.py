@@ -98,8 +98,8 @@ def init_state(
 def assign(samples: int, group: int, num_updates: int, micro_batch: int) -> np.ndarray:
     """Which samples make which update: indices [U, M, micro_batch] into a batch, in which a group stands in a row.
 
-    A micro-batch takes one sample of each run of `samples / micro_batch`. So it has as many of every device as the mesh
-    leaves there, and none has to move. Within a run, groups take turns by their numbers: every update takes an equal
+    A micro-batch takes one sample of each run of `samples / micro_batch`. Each micro-batch takes equally many samples
+    from every device, so none moves. Within a run, groups take turns by their numbers: every update takes an equal
     share of each group, as far as sizes allow.
 
     >>> assign(8, 4, num_updates=2, micro_batch=2).tolist()
