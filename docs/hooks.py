@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from absl import flags
-from latex2mathml.converter import convert
-from mkdocs.structure.files import File
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.__main__ import commands
@@ -40,6 +38,8 @@ ELSEWHERE = {"README.md": "index.md"} | BESIDE
 
 def on_files(files, config):
     """Add what lies beside docs/."""
+    from mkdocs.structure.files import File  # not there where tests read this file
+
     for path, name in BESIDE.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     return files
@@ -74,6 +74,8 @@ def _text(text: str, here: str, page: str) -> str:
 
 
 def _equation(latex: str) -> str:
+    from latex2mathml.converter import convert  # likewise
+
     return f'<div class="equation">{convert(latex, display="block")}</div>'
 
 
