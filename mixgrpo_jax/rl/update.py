@@ -44,9 +44,9 @@ class Average:
     """A moving average of the parameters, `a <- d a + (1 - d) params`, and its rule.
 
     Attributes:
-      decay: d, in [0, 1); 0 of a constant d keeps no average.
-      rate: where it is positive, d grows with the count c of moves made, `min(rate max(c - start, 0), decay)`.
-      start: the count until which d is 0.
+      decay: the decay d, in [0, 1); a constant d of 0 keeps no average.
+      rate: if positive, d grows with the count c of moves made, `min(rate max(c - start, 0), decay)`.
+      start: the count of moves until which d is 0, where it grows.
       by: what moves it: every "update", or the end of every "iteration".
 
     Raises:
