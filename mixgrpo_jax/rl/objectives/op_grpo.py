@@ -25,8 +25,8 @@ class OPGRPO(GRPO):
     and late steps cut off. Chosen here: the correction's form, the cut by kappa, and what `select.Replay` says.
 
     Attributes:
-      kappa_max: the largest kappa of a replayed step that is trained; at 10 steps of Flow-GRPO, 1 leaves out the last, and 2
-        none.
+      kappa_max: the largest kappa of a replayed step that is trained: of Flow-GRPO's 10 steps, 1 leaves out the last,
+        and 2 none.
       correction: the bound of the correction for who drew a replayed sample.
 
     Raises:
