@@ -81,6 +81,7 @@ setup(
         "wandb": ["wandb"],
         "serve": ["fastapi", "uvicorn"],
         "ocr_host": ["onnxruntime", "onnx>=1.16", "rapidocr-onnxruntime>=1.4.4; python_version < '3.13'"],
+        "docs": ["mkdocs-material", "latex2mathml"],  # equations as MathML: nothing is fetched to show them
         "test": [
             "pytest",
             "pytest-xdist",

@@ -2,8 +2,10 @@
 
     python -m mixgrpo_jax.train --config=configs/apo.py:signs --workdir=runs/apo
 
-What is known and what was chosen: see `DPO` in mixgrpo_jax/rl/objectives/preference.py. Rate, beta, group and guidance
+`DPO` in mixgrpo_jax/rl/objectives/preference.py says what is known and what was chosen. Rate, beta, group and guidance
 are not public: they are `dpo`'s.
+
+Hardware: 2 CPU cores. Expected result: it did not learn on a small policy in a test; on `signs` it is not measured yet.
 """
 
 from mixgrpo_jax import config as configs

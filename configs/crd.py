@@ -5,8 +5,10 @@
 Published for SD3.5-M with OCR: LoRA of rank 32 and alpha 64 at a rate of 3e-4, beta 1, groups of 24 of 48 prompts, two
 updates an iteration, 10 steps of the ODE without guidance, trained at all of them but the last, advantages by the
 batch's deviation, and 0.1 times the squared distance to before training at guidance 4.5, more of it for good samples;
-here that is the same for all, and at the run's own guidance. Of its averages, "old" begins at a decay of 0.25 there and
-at 0 here, and "sampling" follows the parameters at once until iteration 75. Three noise levels a sample are trained.
+here that is the same for all, and at the run's own guidance. "old" begins at a decay of 0.25 there and at 0 here.
+"sampling" follows the parameters at once until iteration 75. Three noise levels a sample are trained.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -2,9 +2,11 @@
 
     python -m mixgrpo_jax.train --config=configs/creflow.py:signs --workdir=runs/creflow
 
-What is known and what was chosen: see `CreFlow` in mixgrpo_jax/rl/objectives/creflow.py. The paper's maps are traces of
+`CreFlow` in mixgrpo_jax/rl/objectives/creflow.py says what is known and what was chosen. The paper's maps are traces of
 violated constraints in videos of robots; here they are `edit_grpo`'s: where a sign's number is to be, a scene's shapes,
 or what an encoder sees. Rate, group and guidance are not public: they are `nft`'s.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

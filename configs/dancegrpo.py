@@ -3,6 +3,9 @@
     python -m mixgrpo_jax.train --config=configs/dancegrpo.py:signs --workdir=runs/dancegrpo
 
 The picture is the clean estimate at the last step, which is the same as a last step without noise.
+
+Hardware: 2 CPU cores. Expected result: a held-out strict score from 0.64 to 0.889 in 16 iterations (0.871 to 0.902,
+three seeds; benchmarks/RESULTS.md).
 """
 
 from mixgrpo_jax import config as configs

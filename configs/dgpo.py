@@ -6,6 +6,8 @@ Published for SD3.5-M with PickScore (the authors' configuration): LoRA of rank 
 10, clip 0.05, groups of 24 of 24 prompts, one update an iteration, 10 steps of the ODE at guidance 4.5, trained at 4 of
 the first 0.6 of them, advantages by the batch's deviation, and 1e-3 times the squared distance to before training.
 "old" is an average of decay 0.3, which the clip looks at.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -5,6 +5,8 @@
 Published for FLUX.1-dev (Flow-Factory's configuration): LoRA of rank 64 and alpha 128 at a rate of 1e-6, beta 2000,
 groups of 4 of 32 prompts, 28 steps of the ODE at guidance 3.5, and times from a logit-normal distribution; here a pair
 is trained at three noise levels of its schedule. The pair shares its noise.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -2,10 +2,12 @@
 
     python -m mixgrpo_jax.train --config=configs/edit_grpo.py:signs --workdir=runs/edit_grpo
 
-What is known and what was chosen: see `by_region` in mixgrpo_jax/rl/spread.py. The paper edits pictures, where a mask
+`by_region` in mixgrpo_jax/rl/spread.py says what is known and what was chosen. The paper edits pictures, where a mask
 says what may change. On `signs` the mask is where the number is to be: the digits learn from the reader, and all from
 the colours. Elsewhere it is `vipo`'s map, and the first reward is the inside's. Rate, clip, group and guidance are
 MixGRPO's.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

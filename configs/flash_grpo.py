@@ -7,6 +7,8 @@ is 1 / kappa, with mean 1 over a batch. Published (the authors' code, Wan2.1 1.3
 the whole batch's deviation, groups of 4, the first 10 of 20 steps at guidance 4.5, and the kernel "linear" with eta
 0.983, for which the weights are the published ones. Images keep the kernel "flow" and the task's clip here. `plan.band`
 makes a rollout cheaper: see `plans.per_prompt`.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

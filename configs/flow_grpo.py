@@ -4,6 +4,9 @@
 
 Each sample has its own noise. Advantages are by the prompt's mean and the whole batch's standard deviation. The KL's
 weight is for the closed form with the step's time in it, a tenth of what the form without it takes at ten steps.
+
+Hardware: 2 CPU cores. Expected result: a held-out strict score from 0.64 to 0.887 in 16 iterations (0.867 to 0.906,
+three seeds; benchmarks/RESULTS.md).
 """
 
 from mixgrpo_jax import config as configs

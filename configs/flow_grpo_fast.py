@@ -1,6 +1,8 @@
 """Flow-GRPO-Fast: a window of two stochastic, trained steps at a random place in the first half.
 
-python -m mixgrpo_jax.train --config=configs/flow_grpo_fast.py:signs --workdir=runs/flow_grpo_fast
+    python -m mixgrpo_jax.train --config=configs/flow_grpo_fast.py:signs --workdir=runs/flow_grpo_fast
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -5,7 +5,10 @@
 
 The model comes from the hub (Apache 2.0); for the rewards' files see flux_dev.py. Sampling and training are guided at
 4, each of two evaluations; `--config.model.guidance=1` trains without guidance, at half the cost. A prompt's features
-take 7.9 MB, most of it for padding, which the model attends to: see docs/flux2.md. Not run at this size here.
+take 7.9 MB, most of it for padding, which the model attends to: see docs/flux2.md.
+
+Hardware: not run at this size here; `estimate --architecture=flux2-klein-4b` says what fits. Expected result: a folder
+of features; the recipe on it says its own.
 """
 
 from mixgrpo_jax import config as configs

@@ -4,7 +4,10 @@
     python -m mixgrpo_jax.train --config=configs/flux2_klein_mixgrpo.py:1024 --workdir=runs/flux2_klein_1024
 
 The ratio is clipped at 1e-5: at the 1e-4 of other models this one collapses, as others report. Data: see
-flux2_klein.py. Not run at this size here; the programs are the ones that the small runs use.
+flux2_klein.py. The programs are the ones that the small runs use.
+
+Hardware: not run at this size here; `estimate --architecture=flux2-klein-4b` says what fits. Expected result: not
+measured yet.
 """
 
 from mixgrpo_jax import config as configs

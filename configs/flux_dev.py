@@ -4,7 +4,10 @@
 
 The model and the rewards' files come from the hub, once you have accepted FLUX.1-dev's licence there and set HF_TOKEN;
 or set model.folder and reward_options to where they are. data/flux_dev holds the prompts' cached features: 4 MB a
-prompt with all 512 positions. Hardware: the paper's run had 32 GPUs of 80 GB, one prompt each.
+prompt with all 512 positions.
+
+Hardware: the paper's run had 32 GPUs of 80 GB, one prompt each. Expected result: a folder of features; the recipes on
+it say theirs.
 """
 
 from mixgrpo_jax import config as configs

@@ -3,8 +3,10 @@
     python -m mixgrpo_jax.train --config=configs/flux_dev_lora.py --workdir=runs/flux_dev_lora
     python -m mixgrpo_jax.convert --source=runs/flux_dev_lora --target=lora --to=lora
 
-Hardware and data: see flux_dev.py; the base is frozen in bf16 (23.8 GB over the slice), adapters and their optimiser
-are fp32. Rate, rank and alpha are those of Flow-GRPO's FLUX runs. Not run at this size here.
+Data: see flux_dev.py. The base is frozen in bf16 (23.8 GB over the slice); adapters and their optimiser are fp32. Rate,
+rank and alpha are those of Flow-GRPO's FLUX runs.
+
+Hardware: v5e:4x4, 16 chips, holds it by `estimate`: 7.8 GiB a chip. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -5,6 +5,8 @@
 Published (Flow-GRPO's repository, SD3.5-M by LoRA): rate 1e-4, clip 2e-6 where Flow-GRPO has 1e-4, no KL, deviations of
 the group, groups of 24, 10 steps at guidance 4.5. Here the clip is as much smaller than the task's. The released code
 adds the bias of the whole batch to each ratio; here it is each sample's own.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

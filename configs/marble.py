@@ -4,6 +4,8 @@
 
 Published for SD3.5-M with five rewards: shares are found anew every ten steps, with an average of decay 0.7; here at
 every update, see mixgrpo_jax/rl/marble.py. Rate, group and guidance are `nft`'s.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -2,8 +2,10 @@
 
     python -m mixgrpo_jax.train --config=configs/poca.py:signs --workdir=runs/poca
 
-What is known and what was chosen: see `by_front` in mixgrpo_jax/rl/pareto.py. Its prompts in three stages, from easy to
+`by_front` in mixgrpo_jax/rl/pareto.py says what is known and what was chosen. Its prompts in three stages, from easy to
 hard, are not here: `adagrpo` keeps those of the middle. Rate, clip, group and guidance are MixGRPO's.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -2,8 +2,8 @@
 
     python -m mixgrpo_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, six to nine seconds an iteration. Expected: a held-out strict score from 0.64 to about 0.9 (512
-prompts, one seed: 0.924).
+Hardware: 2 CPU cores, four to nine seconds an iteration. Expected result: a held-out strict score from 0.64 to about
+0.9 (512 prompts, one seed: 0.924).
 """
 
 from mixgrpo_jax import config as configs

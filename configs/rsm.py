@@ -6,6 +6,8 @@ This is the zeroth-order loss with the authors' weights `fairclip2`, of the pape
 LoRA): rate 3e-4, clip 1e-4, no KL, 10 steps at guidance 4.5, advantages clipped to 5 with deviations of the group.
 Approximation: there, samples branch at single steps, 6, 6, 8 and 10 of them at the first four and 6 at the last; here
 all steps of independent trajectories are trained alike.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

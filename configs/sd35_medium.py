@@ -3,10 +3,12 @@
     python -m mixgrpo_jax.encode --source=stabilityai/stable-diffusion-3.5-medium --prompts=prompts.txt \
         --max_length=128 --target=data/sd35_medium
 
-The model comes from the hub, once you have accepted its licence there and set HF_TOKEN; for the rewards' files see
-flux_dev.py.
+If you accept its licence there and set HF_TOKEN, the model comes from the hub. For the rewards' files see flux_dev.py.
 Sampling and training are guided at 4.5, each of two evaluations; `--config.model.guidance=1` trains without guidance,
-at half the cost. Hardware: the published runs had 24 or 32 GPUs of 80 or 96 GB.
+at half the cost.
+
+Hardware: the published runs had 24 or 32 GPUs of 80 or 96 GB. Expected result: a folder of features; the recipes on it
+say theirs.
 """
 
 from mixgrpo_jax import config as configs

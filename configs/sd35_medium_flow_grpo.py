@@ -2,7 +2,10 @@
 
     python -m mixgrpo_jax.train --config=configs/sd35_medium_flow_grpo.py --workdir=runs/sd35_flow_grpo
 
-Hardware and data: see sd35_medium.py. Not run at this size here; the programs are the ones that the small runs use.
+Data: see sd35_medium.py. The programs are the ones that the small runs use.
+
+Hardware: not run at this size here; `estimate --architecture=sd35-medium` says what fits. Expected result: not measured
+yet.
 """
 
 from mixgrpo_jax import config as configs

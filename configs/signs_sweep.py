@@ -2,7 +2,7 @@
 
     python launch/sweep.py --config=configs/signs_sweep.py --workdir=runs/sweep
 
-Hardware: 2 CPU cores, six runs of the quickstart one after another. Not run as a whole here.
+Hardware: 2 CPU cores, six runs of the quickstart one after another. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -6,6 +6,8 @@ A group is the same up to a step, branches there, and goes on without noise, so 
 are std of the step, with mean 1: the published code's 2.25 std, of Flow-GRPO's 10 steps. Published (SD3.5-M by LoRA,
 and FLUX.1-dev): the other settings are Flow-GRPO's, rate 3e-4, clip 1e-4, groups of 24, 10 steps at guidance 4.5.
 Approximation: there, every prompt is branched at every step, with 6 samples each; here at one, drawn anew by prompt.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

@@ -5,6 +5,8 @@
 Published (FLUX.1-dev): trees of 3 x 3 x 3, rewards normalised by group, groups of one reward skipped. Approximation: no
 code is public, and beta, rate and guidance are not known; beta is 1, the kernel is TMPO's with densities for log-probs,
 and the trajectories are independent, in MixGRPO's window. An update takes whole groups.
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

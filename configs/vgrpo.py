@@ -7,6 +7,8 @@ steps of the ODE without guidance at 720 x 720, 4 pairs (t, eps), one update an 
 bent by 3 tanh(A / 3). With more updates the ratio is clipped to 6e-3 or 1e-2, and the squared distance of the clean
 estimate to that of before the update is added; here that is the velocity's, `terms.mse_old`, with
 config.averages.old = average("old", decay=0.0, by="iteration").
+
+Hardware: 2 CPU cores. Expected result: not measured yet.
 """
 
 from mixgrpo_jax import config as configs

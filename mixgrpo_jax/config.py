@@ -55,7 +55,7 @@ RENAMED = {
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: the message names the field, the value and the remedy."""
+    """An invalid setting: the message names the field, its value and the fix."""
 
 
 @contextlib.contextmanager
@@ -167,19 +167,19 @@ def _check_finite(section: Mapping[str, Any], path: str = "") -> None:
 class Model:
     """The policy that is trained.
 
-    folder: in diffusers' layout, or a model's name on the hub, "owner/model"; "shipped:NAME" is in the package, and so
-      is "", of signs.
-    transformer: another place for the transformer alone: a folder, or the original file; or its name on the hub.
-    image_size: rows, columns.
+    folder: the model: a folder in diffusers' layout, or a name on the hub, "owner/model". "shipped:NAME" is in the
+      package; "" is the shipped one of signs.
+    transformer: another place for the transformer alone: a folder, the original file, or its name on the hub.
+    image_size: rows and columns of a picture, in pixels.
     text_length: T5 tokens of a prompt, padding included.
-    guidance: what a guidance-distilled transformer is told; or the scale of classifier-free guidance, in training as in
-      sampling: of two evaluations each, or at 1 of one, without it.
+    guidance: the scale that a guidance-distilled transformer is told; or the scale of classifier-free guidance, in
+      training as in sampling: two evaluations for each velocity, or one, without guidance, at a scale of 1.
     negative_prompt: what classifier-free guidance leads away from.
-    dtype: of the matrix products; master weights are fp32.
-    reduce_dtype: in which gradients of kernels are summed over devices; bfloat16 moves half as much.
+    dtype: the dtype of the matrix products; master weights are fp32.
+    reduce_dtype: the dtype in which gradients of kernels are summed over devices; bfloat16 moves half as much.
     remat: what the update recomputes, see `remat.rematerialise`: "none", "dots", "attention", "block"; "auto" is the
       one that fits a device, see `engine.programs.fit`.
-    attention: the kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
+    attention: the attention kernel: "xla", "cudnn" on NVIDIA GPUs, "splash" on TPU, "auto" for the accelerator's own.
     lora: rank 0 trains all parameters.
     """
 
@@ -213,7 +213,7 @@ class Data:
     """What prompts come from.
 
     name: the task; "features" is what `encode` wrote to the folder.
-    folder: "" is ~/.cache/mixgrpo_jax.
+    folder: where the data are; "" is ~/.cache/mixgrpo_jax.
     """
 
     name: str = "signs"
@@ -227,10 +227,12 @@ class Data:
 class Mesh:
     """Devices by axis; -1 takes what is left.
 
-    data: samples. fsdp: samples, and a part of each parameter. context: tokens of a sample, and a part of each
-    parameter. tensor: heads and features. Where one of data and fsdp is -1, and one of context and tensor, the first
-    takes as many as the samples of an update divide over, and the second the rest. rollout_fsdp: parts of each
-    parameter in rollouts; None is the fewest that fit, see `engine.programs.rollout_fsdp`.
+    data: devices over which samples are spread.
+    fsdp: devices over which samples and each parameter are spread.
+    context: devices over which a sample's tokens and each parameter are spread.
+    tensor: devices over which heads and features are spread. If one of data and fsdp is -1, and one of context and
+      tensor, the first takes as many as the samples of an update divide over, and the second the rest.
+    rollout_fsdp: parts of each parameter in rollouts; None is the fewest that fit, see `engine.programs.rollout_fsdp`.
     """
 
     data: int = _number(-1, at_least=-1)
@@ -249,7 +251,7 @@ class Mesh:
 class BatchSizes:
     """An iteration's samples.
 
-    prompts: of an iteration.
+    prompts: prompts of an iteration.
     group: samples a prompt.
     updates: optimiser steps an iteration.
     micro_batch: samples of each device in a forward and backward pass, at most, see `share`; with model.remat="auto"
@@ -274,18 +276,19 @@ class BatchSizes:
 class Optimizer:
     """How gradients change parameters.
 
-    name: "adamw", or "adafactor".
-    dtype: of fully trained parameters; "bfloat16" rounds stochastically.
-    learning_rate: after warm-up.
+    name: the optimiser, "adamw" or "adafactor".
+    dtype: the dtype of fully trained parameters; "bfloat16" rounds stochastically.
+    learning_rate: the rate after warm-up.
     warmup: updates of linear warm-up.
-    final_rate: of the rate, reached linearly at the last update; 1 keeps it constant.
+    final_rate: the share of the rate that is reached, linearly, at the last update; 1 keeps it constant.
     b1, b2, eps: AdamW's.
-    weight_decay: decoupled, and follows the rate.
-    max_grad_norm: of all gradients together.
-    max_grad_ratio: of their norm to the median of the last 50 updates'; beyond it the run stops. 0 is no bound.
+    weight_decay: decoupled weight decay, which follows the rate.
+    max_grad_norm: the largest norm of all gradients together; larger ones are scaled down to it.
+    max_grad_ratio: the largest ratio of that norm to the median of the last 50 updates'; beyond it the run stops. 0 is
+      no bound.
     mix: "min_norm" computes a gradient of each reward and mixes them, see `rl.marble`; weights of rewards then do not
       count. "none" mixes advantages, see `Credit.combine`.
-    mix_decay: of the average of the gradients' shares.
+    mix_decay: the decay of the average of the gradients' shares.
     """
 
     name: str = "adamw"
@@ -313,11 +316,14 @@ class Optimizer:
 class Evaluation:
     """How held-out prompts are drawn.
 
-    prompts: held-out prompts. batch: drawn at a time.
-    num_steps, solver, solver_order: of the sampler, which is deterministic.
-    shift: 0 takes the one that FLUX derives from the image's size.
-    spacing: of the steps, see `flow.schedules.shifted_sigmas`.
-    trained_steps: the base takes the steps after them; None lets the trained policy take all.
+    prompts: how many held-out prompts are drawn.
+    batch: prompts drawn at a time.
+    num_steps: steps of the evaluation's sampler, which is deterministic.
+    shift: the shift of its noise levels; 0 takes the one that FLUX derives from the image's size.
+    spacing: the spacing of its steps, see `flow.schedules.shifted_sigmas`.
+    solver: its solver.
+    solver_order: the order of that solver.
+    trained_steps: steps that the trained policy takes before the base takes over; None lets it take all.
     average: the average that is evaluated; "" is the raw parameters.
     every: iterations between evaluations during training; 0 is before and after only.
     """
@@ -352,10 +358,11 @@ class Saves:
     Beside these, the last finished iteration is saved when a run is told to stop.
 
     every: iterations between saves. The first that is finished is saved too.
-    minutes: after which an iteration is saved out of turn; 0 is never.
-    keep: so many, the last ones, stay.
-    keep_every: and each whose iteration is a multiple of it; 0 is none.
-    best: and the one with the largest of this metric of metrics.jsonl, "held_out/strict/mean"; "" is none.
+    minutes: minutes after which an iteration is saved out of turn; 0 is never.
+    keep: how many of the last checkpoints stay.
+    keep_every: checkpoints whose iteration is a multiple of this stay, too; 0 is none.
+    best: the checkpoint with the largest of this metric of metrics.jsonl stays, too, as "held_out/strict/mean"; "" is
+      none.
     """
 
     every: int = _number(25, at_least=1)
@@ -372,7 +379,8 @@ class Saves:
 class Profile:
     """Which iterations are traced by JAX's profiler, into the folder profile/ of the workdir.
 
-    start: the first of them, from 1; 0 traces none. iterations: so many.
+    start: the first iteration that is traced, from 1; 0 traces none.
+    iterations: how many iterations are traced.
     """
 
     start: int = _number(0, at_least=0)
@@ -386,14 +394,14 @@ class Profile:
 class Pretrain:
     """How a small policy is made from scratch.
 
-    steps: of the optimiser.
+    steps: optimiser steps.
     clean_steps: the first of the steps, which see the pictures with less noise.
     batch: pictures a step.
-    shift: of the noise levels that are trained.
+    shift: the shift of the noise levels that are trained.
     learning_rate, b2, weight_decay, max_grad_norm: AdamW's.
-    bias_scale: of T5's initial biases by distance: large ones tell the order of words.
-    warmup: steps; then the rate falls to zero as a cosine.
-    ema_decay: of the parameters' average, which is what is evaluated and kept.
+    bias_scale: the scale of T5's initial biases by distance: large ones tell the order of words.
+    warmup: steps of linear warm-up; then the rate falls to zero as a cosine.
+    ema_decay: the decay of the parameters' average, which is evaluated and kept.
     evaluate_every: steps between held-out scores.
     """
 
@@ -493,19 +501,19 @@ def average(name: str, **changes: Any) -> Section:
 def base() -> Section:
     """The defaults: MixGRPO's own, on the embedded `signs` task.
 
-    seed: of every random number.
-    iterations: of the run.
-    rewards: trained on, by weight.
-    watched: scored and logged, not trained on.
+    seed: the seed of every random number.
+    iterations: iterations of the run.
+    rewards: rewards that are trained on, by weight.
+    watched: rewards that are scored and logged, and not trained on.
     reward_options: {name: its options}; with `kind`, a name of one's own for a reward of that kind.
-    missing_share: of the images that a process scores, which servers may fail at: they teach nothing.
+    missing_share: the share of a process's images that reward servers may fail at; these teach nothing.
     reward_wait: seconds for which servers that are away are asked again, beyond that share.
     terms: penalties by weight, see `rl.terms`; 0 costs nothing.
-    averages: of the parameters, by name, each with its rule.
+    averages: averages of the parameters, by name, each with its rule.
     one_step_off_policy: while the host scores an iteration's samples, draw the next ones, by the parameters of before
-      the update: they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
-    ratio_tolerance: largest |ratio - 1| of an iteration's first update; beyond it the run stops.
-    rollout_tolerance: likewise, of what the rollout's program and the update's disagree by.
+      the update. They are one iteration stale, which the ratio corrects; two iterations' samples are then in memory.
+    ratio_tolerance: the largest |ratio - 1| of an iteration's first update; beyond it the run stops.
+    rollout_tolerance: the largest deviation of the update's program from the rollout's; beyond it the run stops.
     wandb: the project at Weights & Biases that gets metrics and pictures, too; "" is none.
     """
     return _section(

@@ -31,6 +31,7 @@ from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.runtime.metrics import compilations
 from mixgrpo_jax.sample import sample
 from tests.python import ROOT, run_program
+from tests.test_docs import undocumented
 
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 
@@ -92,6 +93,7 @@ def test_what_a_run_leaves(straight):
     rates = [rate * (1 - (1 - last) * fallen / 7) for fallen in (0, 2, 4, 6)]
     assert [line["optimizer/learning_rate"] for line in log[1:]] == pytest.approx(rates)
     clock = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert not undocumented({name for line in clock for name in line})
     assert (walls := [line["time/wall"] for line in clock]) == sorted(walls) and walls[0] > 0
     assert ["time/left" in line for line in clock] == [False, False, True, True, True] and clock[-1]["time/left"] == 0
     timed = clock[-1]

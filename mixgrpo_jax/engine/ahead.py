@@ -20,7 +20,7 @@ from mixgrpo_jax.rl.select import All, Replay
 from mixgrpo_jax.rl.update import Batch
 from mixgrpo_jax.runtime import mesh as meshes
 
-# what of the resident kinds each program takes; the others lie beside it. A reward takes what is called as it is.
+# Resident memory each program takes as arguments; the rest stays allocated. A reward's program takes that of its name.
 ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
 ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 

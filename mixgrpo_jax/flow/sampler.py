@@ -20,10 +20,10 @@ class Sampler:
     """How a step is taken: static settings shared by the rollout and the update.
 
     Attributes:
-      kernel: of stochastic steps, one of `kernels.KERNELS`.
-      eta: its noise; a plan may scale it, step by step.
-      solver: of deterministic steps, one of `solvers.SOLVERS`.
-      log_prob: "density", or FlowCPS's "squared_error"; see `kernels.log_prob`.
+      kernel: the stochastic step, one of `kernels.KERNELS`.
+      eta: the noise of stochastic steps; a plan may scale it, step by step.
+      solver: the deterministic step, one of `solvers.SOLVERS`.
+      log_prob: what a log-prob is: "density", or FlowCPS's "squared_error"; see `kernels.log_prob`.
       reference_exact: reproduce two quirks of MixGRPO's released code, for comparisons: the model is fed
         floor(1000 sigma)/1000 in place of sigma, and noise is drawn in bfloat16.
 

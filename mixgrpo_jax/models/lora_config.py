@@ -12,13 +12,13 @@ BASES = ("float32", "bfloat16", "int8")
 class LoraConfig:
     """What is adapted, and how.
 
-    rank: r; 0 trains all parameters instead.
+    rank: the adapters' rank r; 0 trains all parameters instead.
     alpha: the adapters' product is scaled by alpha/r.
-    targets: regex that the whole path of a linear layer matches, as "double_blocks/image/attention/q"; "" takes the
+    targets: the regex that an adapted layer's whole path matches, as "double_blocks/image/attention/q"; "" takes the
       model family's own.
-    init: of A, "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and its
-      default. B starts at zero, and so the adapted model as the base.
-    base: dtype of the frozen parameters, see `lora.freeze`.
+    init: how A starts: "gaussian" N(0, 1/r^2) or "kaiming_uniform" U(-1, 1)/sqrt(d_in), which are PEFT's "gaussian" and
+      its default. B starts at zero, so that the adapted model starts as the base.
+    base: the dtype of the frozen parameters, see `lora.freeze`.
     init_from: a LoRA file, a folder of one, or its name on the hub, that training starts from, see `lora_files.load`.
       Its rank must be r. Its alpha may be another: B is scaled, so that the policy starts as the file has it. The role
       "base" stays the model without adapters.

@@ -169,7 +169,7 @@ def _halved(x: jax.Array) -> jax.Array:
 
 
 def brisque_reward() -> Reward:
-    """The reward -`brisque`: larger is better, 0 for the best photographs.
+    """-BRISQUE, what the pixels alone tell: 0 for the best photographs to -100 for the worst distortions.
 
     Raises ImportError as `regression` does.
     """

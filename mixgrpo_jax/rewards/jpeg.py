@@ -47,10 +47,10 @@ def compressibility(images: Images, prompts: list[str], metadata: list[dict]) ->
 
 
 def jpeg_compressibility() -> Reward:
-    """The reward `compressibility`."""
+    """-`kilobytes` / 500 as JPEG: smooth pictures score high."""
     return Reward("jpeg_compressibility", "host", compressibility)
 
 
 def jpeg_incompressibility() -> Reward:
-    """The reward `incompressibility`."""
+    """`kilobytes` as JPEG: pictures with much detail score high."""
     return Reward("jpeg_incompressibility", "host", incompressibility)

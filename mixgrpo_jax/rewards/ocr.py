@@ -185,12 +185,12 @@ def score(images: Images, prompts: list[str], metadata: list[dict], read: Read =
 
 # Of text that is read on the device, too, the scores are waited for: it is compared on the host.
 def ocr(where: Literal["host", "device"] = "device") -> Reward:
-    """The reward `score`, with text read on the host or on the device, see `reader`."""
+    """Is the text right? 1 - edit distance / length, of what PP-OCRv4 reads on the host or on the device."""
     return Reward("ocr", "host", functools.partial(score, read=reader(where)))
 
 
 def ocr_dense() -> Reward:
-    """The reward `dense`, for the `targets` of the metadata or the prompts; differentiable.
+    """How likely PP-OCRv4 is to read the text, as a log-likelihood per character; differentiable.
 
     Its score raises ValueError as `dense` does; its function gives NaN for a target that does not fit into the picture.
     """

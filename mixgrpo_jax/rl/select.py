@@ -57,7 +57,7 @@ class Extremes:
     Samples without a score are taken where there are no others.
 
     Attributes:
-      count: of each, so that twice as many are left.
+      count: how many of the best, and of the worst, are kept of a group.
 
     Raises:
       ValueError: a count that leaves nothing, or of a group that is smaller than twice the count.
@@ -99,7 +99,7 @@ class Band(All):
 
     Attributes:
       hardest, easiest: shares of the prompts, by rank from the lowest mean; 0 and 1 keep all.
-      least_range: in the units of the weighted sum of rewards; 0 keeps all.
+      least_range: the least range of a group's rewards, in the units of their weighted sum; 0 keeps all.
 
     Raises:
       ValueError: when a field is out of range.
@@ -141,7 +141,7 @@ class Replay(All):
 
     Attributes:
       capacity: groups that are kept, those of the largest values.
-      groups: of an iteration, at most, that are replaced.
+      groups: groups of an iteration that are replaced, at most.
 
     Raises:
       ValueError: when a field is out of range.

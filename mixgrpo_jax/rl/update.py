@@ -44,9 +44,9 @@ class Average:
     """A moving average of the parameters, `a <- d a + (1 - d) params`, and its rule.
 
     Attributes:
-      decay: d, in [0, 1); 0 of a constant d keeps no average.
-      rate: where it is positive, d grows with the count c of moves made, `min(rate max(c - start, 0), decay)`.
-      start: the count until which d is 0.
+      decay: the decay d, in [0, 1); a constant d of 0 keeps no average.
+      rate: if positive, d grows with the count c of moves made, `min(rate max(c - start, 0), decay)`.
+      start: the count of moves until which d is 0, where it grows.
       by: what moves it: every "update", or the end of every "iteration".
 
     Raises:
@@ -98,8 +98,8 @@ def init_state(
 def assign(samples: int, group: int, num_updates: int, micro_batch: int) -> np.ndarray:
     """Which samples make which update: indices [U, M, micro_batch] into a batch, in which a group stands in a row.
 
-    A micro-batch takes one sample of each run of `samples / micro_batch`. So it has as many of every device as the mesh
-    leaves there, and none has to move. Within a run, groups take turns by their numbers: every update takes an equal
+    A micro-batch takes one sample of each run of `samples / micro_batch`. Each micro-batch takes equally many samples
+    from every device, so none moves. Within a run, groups take turns by their numbers: every update takes an equal
     share of each group, as far as sizes allow.
 
     >>> assign(8, 4, num_updates=2, micro_batch=2).tolist()

@@ -20,8 +20,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 def virtual_devices(count: int) -> dict[str, str]:
     """Environment variables with which a process has so many devices on a CPU.
 
-    What is scheduled to run concurrently may run in any order, and devices that meet collectives in different orders
-    wait for each other for ever: so nothing is.
+    XLA's concurrent scheduler can deadlock collectives on virtual devices; it is off.
     """
     flags = f"--xla_force_host_platform_device_count={count} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
@@ -142,7 +141,10 @@ def batch_sharding(mesh: Mesh, size: int, axis: int = 0) -> NamedSharding:
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
-    """Arrays [B, ...] by `batch_sharding`; of those of the host, which every process has whole, each reads its part."""
+    """Arrays [B, ...] by `batch_sharding`. Host arrays, identical on all processes, are sharded.
+
+    Each process uploads its slice.
+    """
 
     def place(a):
         sharding = batch_sharding(mesh, len(a))

@@ -33,7 +33,7 @@ class ODE:
     velocity is checked against the rollout's.
 
     Attributes:
-      num_steps, shift, spacing: the schedule.
+      num_steps, shift, spacing: the schedule's steps, its shift towards noise and its spacing, see `shifted_sigmas`.
       solver_order: order of the solver, 1..3.
       train_fraction: share of the schedule's noise levels at which each sample is trained, rounded down, at least one.
       train_choice: which ones: the "first", a new "random" choice every iteration, or "stratified", which is one from

@@ -23,7 +23,7 @@ class Tree:
     """Every row becomes `factors[k]` before step `splits[k]`, and stochastic steps then tell them apart.
 
     Attributes:
-      num_steps, shift, spacing: the schedule.
+      num_steps, shift, spacing: the schedule's steps, its shift towards noise and its spacing, see `shifted_sigmas`.
       splits: the steps before which rows branch, in order.
       factors: rows that each becomes there; their product is the group's size.
       length: stochastic steps after each split; all of them are trained. The others are deterministic.

@@ -40,12 +40,12 @@ class Windowed:
 
     Attributes:
       num_steps: steps T of the schedule.
-      shift, spacing: of the schedule, see `shifted_sigmas`.
+      shift, spacing: the schedule's shift towards noise and its spacing, see `shifted_sigmas`.
       length: steps w in the window.
       bound: exclusive upper limit of the steps that the window may hold. None is T - 1, which leaves at least one
         deterministic step at the end; T makes every step trainable.
       train_fraction: share of the window's steps that are trained, rounded down, at least one.
-      train_choice: which ones: the "first", or a new "random" choice every iteration.
+      train_choice: which steps of the window are trained: the "first", or a new "random" choice every iteration.
       suffix_ratio: share of the suffix's steps that are kept (MixGRPO-Flash); 1 keeps the schedule.
       solver_order: order of the suffix's solver, 1..3.
       chunks: the schedule's steps at which chunks begin, for objectives that have one ratio for several steps: (0,) is
@@ -161,7 +161,7 @@ class Window(Windowed):
     """One window for all prompts of an iteration.
 
     Attributes:
-      strategy: how its start moves. "progressive" by `stride` after a fixed number of iterations; "decay" and
+      strategy: how the window's start moves. "progressive" by `stride` after a fixed number of iterations; "decay" and
         "exp_decay" likewise, with fewer iterations the later the start; "random" anywhere, every iteration; "frozen"
         never; "all" has every trainable step in the window, and does not read `length`.
       iterations_per_window: iterations tau at one start ("progressive", and the most for "exp_decay").

@@ -41,8 +41,9 @@ class GRPO(Objective):
     Attributes:
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. The bounds of other surrogates:
         clip_high where A > 0, clip_low where A < 0.
-      ratio: its log, of `ratios.RATIOS`. surrogate: the loss that it makes, of `ratios.SURROGATES`.
-      weights: of places in the loss, of `ratios.WEIGHTS`, with mean 1 over the places and samples of an iteration.
+      ratio: what becomes of the log-ratio, one of `ratios.RATIOS`.
+      surrogate: the loss that a ratio makes, one of `ratios.SURROGATES`.
+      weights: weights of places in the loss, one of `ratios.WEIGHTS`, with mean 1 over an iteration's rows.
       reduce: how a log-prob map becomes one log-prob: the "mean" over the latent's elements, as the field has it (hence
         clip ranges of 1e-4), or their "sum", the joint density's.
       old_log_prob: where log p_old comes from: the "rollout", or the "update", whose own program computes it before the

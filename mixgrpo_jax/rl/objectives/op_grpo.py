@@ -25,8 +25,9 @@ class OPGRPO(GRPO):
     and late steps cut off. Chosen here: the correction's form, the cut by kappa, and what `select.Replay` says.
 
     Attributes:
-      kappa_max: at 10 steps of Flow-GRPO, 1 leaves out the last, and 2 none.
-      correction: its bound.
+      kappa_max: the largest kappa of a replayed step that is trained: of Flow-GRPO's 10 steps, 1 leaves out the last,
+        and 2 none.
+      correction: the bound of the correction for who drew a replayed sample.
 
     Raises:
       ValueError: when a field is out of range, or for a ratio or surrogate that is not GRPO's.

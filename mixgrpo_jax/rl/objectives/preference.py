@@ -120,7 +120,7 @@ class DGPO(Preference):
 
     Attributes:
       beta: how sharp the group's preference is.
-      clip: of exp(e_old - e), to either side of 1; "old" is an average that the config keeps.
+      clip: how far exp(e_old - e) may be from 1; "old" is an average that the config keeps.
 
     Raises:
       ValueError: when a field is out of range.
@@ -156,7 +156,7 @@ class CRD(Preference):
     "old" and "sampling", which draws the samples, are averages that the config keeps.
 
     Attributes:
-      beta: of the implicit reward.
+      beta: the scale of the implicit reward.
       adv_max: the advantage at which a sample is all good.
 
     Raises:

@@ -23,7 +23,7 @@ class UniTMPO(Objective):
 
     Attributes:
       beta: how sharply the target prefers rewards.
-      reduce: of a step's log-prob over the latent's elements, "mean", as the field has it, or "sum".
+      reduce: how a step's log-prob is reduced over the latent's elements: "mean", as the field has it, or "sum".
 
     Raises:
       ValueError: when a field is out of range.
@@ -82,8 +82,7 @@ class TMPO(UniTMPO):
     without gradient, which is 1 at its one update a rollout, and raises beta from 0.8 to 2 in 150 iterations.
 
     Attributes:
-      beta, reduce: as Uni-TMPO's.
-      clip: of the ratio.
+      clip: the ratio is clipped to [1 - clip, 1 + clip]. Other fields are Uni-TMPO's.
     """
 
     beta: float = 2.0

@@ -26,7 +26,7 @@ _CONNECTED[1] = 1
 
 
 def geneval(strict: bool = False) -> Reward:
-    """The reward `geneval.scores` of the shapes that are detected: graded, or `strict`."""
+    """GenEval's rule on scenes: are the shapes there, in number, colour and place? Graded, or with `strict` 0 or 1."""
 
     def score(images: Images, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         del prompts
@@ -50,7 +50,7 @@ def shapes(cell: tuple[int, int] = (8, 4)) -> Reward:
 
 
 def geneval_strict() -> Reward:
-    """The reward `geneval` with `strict`."""
+    """The same with `strict`."""
     return geneval(strict=True)
 
 

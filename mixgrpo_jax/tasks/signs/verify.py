@@ -74,7 +74,7 @@ def nearest_colours(images: jax.typing.ArrayLike, palette: jax.typing.ArrayLike)
 
 
 def colour() -> Reward:
-    """The reward `colour_score`, for the colours in `metadata["plate_rgb"]` and `metadata["digits_rgb"]`."""
+    """Of signs: how near the colours are to the metadata's `plate_rgb` and `digits_rgb`, 0 to 1, see `colour_score`."""
 
     def inputs(prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         del prompts
@@ -88,7 +88,7 @@ def colour() -> Reward:
 
 
 def strict(where: Literal["host", "device"] = "device") -> Reward:
-    """The reward `strict_score`, with the number read on the host or on the device, see `ocr.reader`."""
+    """Of signs: 1 where the number is read exactly, on the host or the device, and both colours are right, else 0."""
     return Reward("strict", "host", functools.partial(strict_score, read=ocr.reader(where)))
 
 
