@@ -19,7 +19,7 @@ def get_config(on="signs"):
     config = configs.load(on, __file__)
     steps = config.plan.num_steps
     config.plan = configs.choose(
-        "plan", "ode", num_steps=steps, train_fraction=4.5 / steps, train_choice="stratified", train_range=0.7
+        "plan", "ode", config.plan, train_fraction=4.5 / steps, train_choice="stratified", train_range=0.7
     )
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "awm", clip_low=1.0, clip_high=1.0)

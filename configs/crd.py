@@ -18,7 +18,7 @@ def get_config(on="signs"):
     """CRD on the task `on`."""
     config = configs.load(on, __file__)
     steps = config.plan.num_steps
-    config.plan = configs.choose("plan", "ode", num_steps=steps, train_fraction=3.5 / steps, train_choice="random")
+    config.plan = configs.choose("plan", "ode", config.plan, train_fraction=3.5 / steps, train_choice="random")
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "crd", beta=1.0)
     config.averages.old = configs.average("old", decay=0.999, rate=0.005, by="iteration")

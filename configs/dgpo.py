@@ -18,7 +18,7 @@ def get_config(on="signs"):
     config = configs.load(on, __file__)
     steps = config.plan.num_steps
     config.plan = configs.choose(
-        "plan", "ode", num_steps=steps, train_fraction=4.5 / steps, train_choice="random", train_range=0.6
+        "plan", "ode", config.plan, train_fraction=4.5 / steps, train_choice="random", train_range=0.6
     )
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "dgpo", beta=10.0, clip=0.05)

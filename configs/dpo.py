@@ -16,7 +16,7 @@ def get_config(on="signs"):
     """Online DPO on the task `on`."""
     config = configs.load(on, __file__)
     steps = config.plan.num_steps
-    config.plan = configs.choose("plan", "ode", num_steps=steps, train_fraction=3.5 / steps, train_choice="stratified")
+    config.plan = configs.choose("plan", "ode", config.plan, train_fraction=3.5 / steps, train_choice="stratified")
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "dpo", beta=2000.0)
     config.select = configs.choose("select", "extremes", count=1)

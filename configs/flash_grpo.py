@@ -18,7 +18,7 @@ def get_config(on="signs"):
     """Flash-GRPO on the task `on`."""
     config = configs.load("mixgrpo", __file__, on)
     steps = config.plan.num_steps
-    config.plan = configs.choose("plan", "per_prompt", num_steps=steps, length=1, bound=steps // 2)
+    config.plan = configs.choose("plan", "per_prompt", config.plan, length=1, bound=steps // 2)
     config.objective.weights = "flash"
     config.advantage.std_scope = "batch"
     config.advantage.ddof = 0

@@ -17,9 +17,7 @@ from mixgrpo_jax import config as configs
 def get_config(on="signs"):
     """DiffusionNFT on the task `on`."""
     config = configs.load(on, __file__)
-    config.plan = configs.choose(
-        "plan", "ode", num_steps=config.plan.num_steps, train_fraction=0.3, train_choice="random"
-    )
+    config.plan = configs.choose("plan", "ode", config.plan, train_fraction=0.3, train_choice="random")
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "nft", beta=0.3)
     config.averages.old = configs.average("old", decay=0.5, rate=0.001, by="iteration")

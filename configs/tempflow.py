@@ -16,6 +16,6 @@ from mixgrpo_jax import config as configs
 def get_config(on="signs"):
     """TempFlow-GRPO on the task `on`."""
     config = configs.load("mixgrpo", __file__, on)
-    config.plan = configs.choose("plan", "per_prompt", num_steps=config.plan.num_steps, length=1)
+    config.plan = configs.choose("plan", "per_prompt", config.plan, length=1)
     config.objective.weights = "tempflow"
     return config

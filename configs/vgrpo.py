@@ -18,7 +18,7 @@ def get_config(on="signs"):
     """V-GRPO on the task `on`."""
     config = configs.load(on, __file__)
     steps = config.plan.num_steps
-    config.plan = configs.choose("plan", "ode", num_steps=steps, train_fraction=4.5 / steps, train_choice="stratified")
+    config.plan = configs.choose("plan", "ode", config.plan, train_fraction=4.5 / steps, train_choice="stratified")
     config.sampler.solver = "dpm_midpoint"
     config.objective = configs.choose("objective", "vgrpo", clip_low=1e-2, clip_high=1e-2)
     config.batch.shared_noise = False

@@ -472,12 +472,18 @@ def _no_field(path: str, known: Collection[str], of: str) -> str:
     return f"{path} is no field of {of}{near(name, known)}; it has {', '.join(known)}"
 
 
-def choose(section: str, name: str, **changes: Any) -> Section:
+SCHEDULE = ("num_steps", "shift", "spacing")  # of a plan
+
+
+def choose(section: str, name: str, scheduled: Section | None = None, **changes: Any) -> Section:
     """A section in which a method is chosen by name, with its own fields.
 
     `config.objective = choose("objective", "nft", beta=0.1)`. The section is "plan", "objective" or "select"; a name is
-    one of its table, or "module:Class" of one's own.
+    one of its table, or "module:Class" of one's own. A plan may be `scheduled` as another one: a model's schedule stays
+    when a recipe chooses another plan, `config.plan = choose("plan", "ode", config.plan)`.
     """
+    if scheduled is not None:
+        changes = {field: scheduled[field] for field in SCHEDULE} | changes
     return _fields(find(section, name), section, name, **changes)
 
 

@@ -47,10 +47,16 @@ def test_a_pass_takes_of_each_device_what_divides_its_part(ways, at_most, micro_
 
 
 def test_recipes_differ_from_their_task_in_the_method_only():
+    others = ("flux", "sd35", "quickstart", "signs", "scenes")
+    methods = [name for name in RECIPES if not name.startswith(others)]
+    for on in ("flux_dev", "sd35_medium", "flux2_klein"):  # each with a schedule of its own
+        model = configs.load(on, HERE).plan
+        for name in methods:
+            plan = configs.load(name, HERE, on).plan
+            assert all(plan[field] == model[field] for field in configs.SCHEDULE), (name, on)
     for on in ("signs", "scenes"):
         task = configs.load(on, HERE).to_dict()
-        others = ("flux", "sd35", "quickstart", "signs", "scenes")
-        for name in [name for name in RECIPES if not name.startswith(others)]:
+        for name in methods:
             recipe = configs.load(name, HERE, on).to_dict()
             changed = {key for key in task if recipe[key] != task[key]}
             method = {"plan", "sampler", "batch", "advantage", "select", "objective", "terms"}
