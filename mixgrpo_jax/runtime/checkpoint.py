@@ -132,6 +132,7 @@ class Checkpoints:
         keep_every: and each whose iteration is a multiple of it, if it is not 0.
         best: and the one with the largest of this metric, if it is not "".
         minutes: after which an iteration is saved out of turn, if it is not 0.
+        step: the one that is read in place of the newest. Raises ValueError, which names those that are there.
 
     `before` are called before a checkpoint is written: it is not, where one raises.
     """
@@ -144,6 +145,7 @@ class Checkpoints:
         keep_every: int = 0,
         best: str = "",
         minutes: float = 0.0,
+        step: int | None = None,
     ):
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         policies += [checkpoint_managers.EveryNSteps(keep_every)] if keep_every else []
@@ -161,13 +163,21 @@ class Checkpoints:
         else:
             _quiet()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._saving = 0
+        self._saving, self._step = 0, step
+        there = self._manager.all_steps() if self._manager else ()
+        if step is not None and step not in there:
+            raise ValueError(f"{self.directory} has no checkpoint of iteration {step}: it holds {_these(there)}")
         self._read: tuple[int | None, dict] = (None, {})  # of the checkpoint whose host state this is
 
     @property
     def latest(self) -> int | None:
-        """Iterations finished at the newest checkpoint; None without one."""
-        return self._manager and self._manager.latest_step()
+        """Iterations finished at the newest checkpoint, or at the one that is read; None without one."""
+        return self._step if self._step is not None else self._manager and self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Iterations finished at each checkpoint."""
+        return sorted(self._manager.all_steps()) if self._manager else []
 
     def save(self, last: Finished, force: bool = False) -> bool:
         """Save what is finished where it is due, or now. True where it was.
