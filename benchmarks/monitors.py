@@ -38,10 +38,10 @@ def one_picture(images, prompts, metadata):
 
 
 def grid(images, prompts, metadata):
-    """The amplitude of stripes of four pixels, upright and lying."""
+    """Stripes of four pixels, upright and lying, in one phase: that of a token's own pixels."""
     grey = np.asarray(images, np.float32).mean(3) / 255
-    waves = [np.exp(0.5j * np.pi * np.arange(size)) / size for size in grey.shape[1:]]
-    return np.abs(grey.mean(1) @ waves[1]) + np.abs(grey.mean(2) @ waves[0])
+    waves = [np.cos(np.pi * (np.arange(size) / 2 + 0.25)) / size for size in grey.shape[1:]]
+    return grey.mean(1) @ waves[1] + grey.mean(2) @ waves[0]
 
 
 def run_config(kind: str, seed: int, iterations: int = 0):

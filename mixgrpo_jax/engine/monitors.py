@@ -1,9 +1,10 @@
 """Whether rewards are hacked: cheap statistics of a run's pictures, beside those of the policy that it began with.
 
-What is measured changes with the prompts, and with the place of the window. So it is followed in means of groups, and a
-base is the mean of the first `GROUPS` groups whose window starts at a step, less what has changed until then: in so few
-the policy moves little, and it draws them anyway. What has changed since is averaged over iterations, and is told in
-standard deviations of the first pictures. Held-out pictures are compared with those of before prompt by prompt.
+What is measured changes with the prompts. So it is followed in means of groups, and its base is the mean of the first
+`GROUPS` groups: in so few the policy moves little, and it draws them anyway. What has changed since is averaged over
+iterations, and is told in standard deviations of the first pictures. A group's diversity also changes with the place of
+the window, before which its samples are one: there each place has a base, less what had changed before the window came.
+Held-out pictures are compared with those of before prompt by prompt.
 """
 
 import copy
@@ -28,6 +29,7 @@ WARNINGS = "warnings.jsonl"  # and a folder of pictures, warnings/
 GROUPS = 16  # that a base is the mean of
 RATE = 0.2  # of the moving average of changes
 PART = 0.5  # of the limit by which trained rewards have to rise, and a watched one to fall
+VOUCHES = 0.2  # of a change: by so much a watched reward has risen where the change is for the better
 SHOWN, PIXELS = 12, 256  # pictures of a warning, and their rows at most
 THUMB = 8  # rows and columns of what diversity sees of a picture
 BLOCK = 1 << 22  # values that are measured at a time
@@ -110,8 +112,8 @@ class Monitor(NamedTuple):
 MONITORS = {
     "brightness": Monitor(brightness, 0.05),
     "saturated": Monitor(saturated, 0.05, (1,)),
-    "entropy": Monitor(entropy, 0.25),
-    "sharpness": Monitor(sharpness, 0.25),
+    "entropy": Monitor(entropy, 0.2),
+    "sharpness": Monitor(sharpness, 0.1),
     "edges": Monitor(edges, 0.02),
     "periodicity": Monitor(periodicity, 0.02, (1,)),
 }
@@ -185,18 +187,25 @@ def suspicious(
 ) -> dict[str, int]:
     """Monitors whose change, in standard deviations, is beyond the limit in a direction that is bad, and its sign.
 
-    A watched reward has to fall by a part of the limit, while those that are trained on, by their shares, rise by as
-    much; both are here as reward/NAME. A limit of 0 finds none.
+    What is good changes pictures too: a watched reward that rises vouches for a change in proportion. One that falls
+    by a part of the limit, while those that are trained on, by their shares, rise by as much, is suspicious itself.
+    Rewards are here as reward/NAME. A limit of 0 finds nothing.
     """
     if not limit:
         return {}
-    signs = {name: monitor.signs for name, monitor in MONITORS.items()}
+    held = {
+        name: units[name] for name in (f"reward/{name}" for name in watched if name not in rewards) if name in units
+    }
+    vouched = max(held.values(), default=0.0)
+    signs = {name: monitor.signs for name, monitor in MONITORS.items() if name in units}
     signs |= {name: (-1,) for name in units if name.startswith("diversity")}
-    found = {name: 1 if units[name] > 0 else -1 for name in signs if abs(units.get(name, 0.0)) > limit}
-    found = {name: sign for name, sign in found.items() if sign in signs[name]}
+    found = {}
+    for name, bad in signs.items():
+        size, sign = abs(units[name]), 1 if units[name] > 0 else -1
+        if sign in bad and size > limit and vouched < VOUCHES * size:
+            found[name] = sign
     if sum(share * units.get(f"reward/{name}", 0.0) for name, share in rewards.items()) > PART * limit:
-        fallen = (f"reward/{name}" for name in watched if name not in rewards)
-        found |= {name: -1 for name in fallen if units.get(name, 0.0) < -PART * limit}
+        found |= {name: -1 for name, change in held.items() if change < -PART * limit}
     return found
 
 
@@ -246,16 +255,19 @@ class Watch:
         metrics = {f"monitor/{name}": float(np.nanmean(value)) for name, value in values.items()}
 
         values |= {f"reward/{name}": score.value for name, score in scores.items()}
-        stochastic = (steps for segment, steps in zip(settings.planner.layout, drawn.plan.segments) if segment.sde)
-        start = next((steps.address[0] for steps in stochastic), np.zeros(settings.batch.prompts, int))
+        stochastic = [steps for segment, steps in zip(settings.planner.layout, drawn.plan.segments) if segment.sde]
+        nowhere = np.zeros(settings.batch.prompts, int)
+        starts = dict.fromkeys(values, nowhere)
+        starts |= {name: next((steps.address[0] for steps in stochastic), nowhere) for name in features}
         for name, value in values.items():
-            self.series.setdefault(name, Series()).follow(value, group, start)
+            self.series.setdefault(name, Series()).follow(value, group, starts[name])
 
         def furthest(name: str, sign: int) -> np.ndarray:
             images = np.concatenate([distributed.gather(chunk) for chunk in drawn.images])
-            return images[group[np.concatenate(chunks)] == np.nanargmax(sign * means_of(values[name], group))]
+            away = np.nan_to_num(sign * means_of(values[name], group), nan=-np.inf)
+            return images[group[np.concatenate(chunks)] == np.argmax(away)]
 
-        changes = {name: self.series[name].told(start, LEAST.get(name, 0.0)) for name in values}
+        changes = {name: self.series[name].told(starts[name], LEAST.get(name, 0.0)) for name in values}
         self._tell(iteration, changes, furthest)
         return metrics
 
