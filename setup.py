@@ -22,7 +22,22 @@ setup(
     name="mixgrpo_jax",
     version=VERSION,
     description="MixGRPO for flow-matching transformers, in JAX and Flax",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The mixgrpo_jax authors",
     license="Apache-2.0",
+    license_files=["LICENSE", "mixgrpo_jax/assets/*/NOTICE", "mixgrpo_jax/assets/*/LICENSE.*"],
+    keywords=["grpo", "flow matching", "diffusion", "reinforcement learning", "text-to-image", "jax", "flax", "tpu"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["mixgrpo_jax", "mixgrpo_jax.*"]),
     package_data={"mixgrpo_jax": ["py.typed", "assets/**/*"]},
     # Recipes and launch scripts, in share/ of the environment: a checkout has them at its root.
@@ -50,7 +65,7 @@ setup(
         "numpy",
         "tokenizers",
         "pillow",
-        "scipy",  # segments, for the detector of scenes
+        "scipy",  # segments, for the detector of scenes; the normal distribution, for intervals
         "tqdm",
         "matplotlib",  # the reward curve, and the font that the signs are drawn in
     ],
@@ -63,12 +78,14 @@ setup(
             "tensorstore",
         ],  # of epath, of Orbax, of the lock
         "tensorboard": ["tensorflow-cpu", "tensorboard"],
+        "wandb": ["wandb"],
         "serve": ["fastapi", "uvicorn"],
         "ocr_host": ["onnxruntime", "onnx>=1.16", "rapidocr-onnxruntime>=1.4.4; python_version < '3.13'"],
         "test": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "playwright",  # with Debian's chromium, for the report
             "gcsfs",
             "google-cloud-storage",
             "fastapi",

@@ -52,7 +52,7 @@ KINDS = {
 PHASES = ("start-up", "rollout", "update", "checkpoint")
 PHASE_FILE, WIDTH = "MIXGRPO_JAX_PHASE_FILE", 16
 CLOCK = ("time/", "compilations")  # metrics of a process, not of the run
-LIMIT = 300  # seconds in which a process comes to a phase, or ends
+LIMIT = 1200  # seconds in which a process comes to a phase, or ends: machines are busy with other things
 
 
 def told() -> None:

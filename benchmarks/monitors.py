@@ -2,8 +2,9 @@
 
     python -m benchmarks.monitors --workdir=runs/monitors --seeds=1,2,3
 
-The runs are the quickstart's, with 4 prompts x 8 samples an iteration; those of bad rewards take 20 iterations. A run
-that is there already is not done again.
+The runs are the quickstart's, with 4 prompts x 8 samples an iteration. Those of bad rewards take 20 iterations at four
+times its rate, which does not fall: in so few the pictures have to be bad. A run that is there already is not done
+again.
 """
 
 import json
@@ -51,7 +52,8 @@ def run_config(kind: str, seed: int, iterations: int = 0):
     config.batch.prompts, config.batch.group = 4, 8
     config.evaluation.prompts = config.evaluation.batch = 64
     if kind in BAD:
-        config.iterations = 20
+        config.iterations, config.optimizer.final_rate = 20, 1.0
+        config.optimizer.learning_rate *= 4
         config.rewards = {kind: 1.0}
         config.reward_options = {kind: dict(kind="function", path=f"{__file__}:{kind}")}
     config.iterations = iterations or config.iterations

@@ -27,6 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.runtime import app, files, metrics
 
 TAIL = 15  # lines of a failed point's log that are shown
@@ -183,7 +184,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the points' folders.", required=True)
     _PARALLEL = flags.DEFINE_integer("parallel", 1, "Points that run at a time.", lower_bound=1)
     _PRINT = flags.DEFINE_string("print", "", "A launcher with its options: print its commands, and run nothing.")

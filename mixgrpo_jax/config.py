@@ -8,6 +8,7 @@ Each section is a frozen dataclass, here or beside what it sets, and its docstri
 reward or task is imported before it is named.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,7 +19,7 @@ import pkgutil
 import runpy
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,17 @@ RENAMED = {
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field, the value and the remedy."""
+
+
+@contextlib.contextmanager
+def refusing(begins: str = "") -> Iterator[None]:
+    """Raise as ConfigError what a part of the project refuses by a ValueError; its words begin with `begins`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{begins}{error}") from None
 
 
 def _require(valid: bool, name: str, value: Any, remedy: str) -> None:
@@ -325,7 +337,6 @@ class Evaluation:
         _check_numbers(self, "evaluation")
         _choice("evaluation.solver", self.solver, SOLVERS)
         _choice("evaluation.spacing", self.spacing, SPACINGS)
-        _divides("evaluation.batch", self.batch, "evaluation.prompts", self.prompts)
         _check_order("evaluation.solver_order", self.solver_order, "evaluation.solver", self.solver)
         if self.trained_steps is not None and not 0 <= self.trained_steps <= self.num_steps:
             raise ConfigError(
@@ -391,6 +402,7 @@ class Monitors:
 class Pretrain:
     """How a small policy is made from scratch.
 
+    steps: of the optimiser.
     clean_steps: the first of the steps, which see the pictures with less noise.
     batch: pictures a step.
     shift: of the noise levels that are trained.
@@ -474,10 +486,11 @@ def choose(section: str, name: str, **changes: Any) -> Section:
     `config.objective = choose("objective", "nft", beta=0.1)`. The section is "plan", "objective" or "select"; a name is
     one of its table, or "module:Class" of one's own.
     """
-    return _fields(_find(section, name), section, name, **changes)
+    return _fields(find(section, name), section, name, **changes)
 
 
-def _find(section: str, name: str) -> type:
+def find(section: str, name: str) -> type:
+    """The class of a method by the name that its section has."""
     _choice("section", section, TABLES)
     table = TABLES[section]
     if name not in table and ":" not in name:
@@ -494,10 +507,26 @@ def average(name: str, **changes: Any) -> Section:
 
 
 def base() -> Section:
-    """The defaults: MixGRPO's own, on the embedded `signs` task."""
+    """The defaults: MixGRPO's own, on the embedded `signs` task.
+
+    seed: of every random number.
+    iterations: of the run.
+    rewards: trained on, by weight.
+    watched: scored and logged, not trained on.
+    reward_options: {name: its options}; with `kind`, a name of one's own for a reward of that kind.
+    missing_share: of the images that a process scores, which servers may fail at: they teach nothing.
+    reward_wait: seconds for which servers that are away are asked again, beyond that share.
+    terms: penalties by weight, see `rl.terms`; 0 costs nothing.
+    averages: of the parameters, by name, each with its rule.
+    one_step_off_policy: while the host scores an iteration's samples, draw the next ones, by the parameters of before
+      the update: they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
+    ratio_tolerance: largest |ratio - 1| of an iteration's first update; beyond it the run stops.
+    rollout_tolerance: likewise, of what the rollout's program and the update's disagree by.
+    wandb: the project at Weights & Biases that gets metrics and pictures, too; "" is none.
+    """
     return _section(
         dict(
-            seed=714,  # of every random number
+            seed=714,
             iterations=300,
             model=_fields(Model, "model"),
             data=_fields(Data, "data"),
@@ -505,28 +534,25 @@ def base() -> Section:
             batch=_fields(BatchSizes, "batch"),
             plan=choose("plan", "window"),
             sampler=_fields(Sampler, "sampler"),
-            rewards=dict(ocr=1.0, colour=1.0),  # trained on, by weight
-            watched=("strict",),  # scored and logged, not trained on
-            reward_options=dict(),  # {name: its options}; with `kind`, a name of one's own for a reward of that kind
-            missing_share=0.25,  # of the images that a process scores, which servers may fail at: they teach nothing
-            reward_wait=600.0,  # seconds for which servers that are away are asked again, beyond that share
+            rewards=dict(ocr=1.0, colour=1.0),
+            watched=("strict",),
+            reward_options=dict(),
+            missing_share=0.25,
+            reward_wait=600.0,
             advantage=_fields(Credit, "advantage"),
             select=choose("select", "all"),
             objective=choose("objective", "grpo"),
-            terms=dict(
-                kl_base=0.0, kl_rollout=0.0, mse_base=0.0
-            ),  # penalties by weight, see `rl.terms`; 0 costs nothing
+            terms=dict(kl_base=0.0, kl_rollout=0.0, mse_base=0.0),
             optimizer=_fields(Optimizer, "optimizer"),
-            averages=dict(ema=average("ema")),  # of the parameters, by name, each with its rule
-            # While the host scores an iteration's samples, draw the next ones, by the parameters of before the update:
-            # they are one iteration stale, which the ratio corrects. Two iterations' samples are then in memory.
+            averages=dict(ema=average("ema")),
             one_step_off_policy=False,
-            ratio_tolerance=5e-5,  # largest |ratio - 1| of an iteration's first update; beyond it the run stops
-            rollout_tolerance=1e-2,  # likewise, of what the rollout's program and the update's disagree by
+            ratio_tolerance=5e-5,
+            rollout_tolerance=1e-2,
             evaluation=_fields(Evaluation, "evaluation"),
             monitors=_fields(Monitors, "monitors"),
             checkpoint=_fields(Saves, "checkpoint"),
             profile=_fields(Profile, "profile"),
+            wandb="",
             pretrain=_fields(Pretrain, "pretrain"),
         )
     )
@@ -717,7 +743,7 @@ def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> A
     """The method of a section, with what of the config's other settings it takes."""
     fields = dict(config[section])
     name = fields.pop("name")
-    found = _find(section, name)
+    found = find(section, name)
     own = {each.name: each.kw_only for each in dataclasses.fields(found)}
     was = getattr(config[section], "chosen", "") or name
     if was != name or not fields.keys() >= {each for each, kw_only in own.items() if not kw_only}:
@@ -732,12 +758,8 @@ def _chosen(config: ml_collections.ConfigDict, section: str, **others: Any) -> A
 def _averages(config: ml_collections.ConfigDict) -> dict[str, Average]:
     averages = {}
     for name, fields in config.averages.items():
-        try:
+        with refusing(f"averages.{name}."):
             averages[name] = _make(Average, f"averages.{name}", fields)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"averages.{name}.{error}") from None
     return {name: rule for name, rule in averages.items() if rule.decay or rule.by == "iteration"}
 
 
@@ -769,6 +791,7 @@ def _check_sizes(settings: Settings) -> None:
             f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
             "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
         )
+    _check_credit(settings)
     if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
         raise ConfigError(
             f"select.name='replay', objective.name={settings.config.objective.name!r}: the objective does not correct "
@@ -776,6 +799,19 @@ def _check_sizes(settings: Settings) -> None:
         )
     if settings.objective.span == "group":
         _divides("batch.updates", batch.updates, "batch.prompts (an update takes whole groups)", batch.prompts)
+
+
+def _check_credit(settings: Settings) -> None:
+    credit = settings.advantage
+    if credit.spread == "temporal" and "rows" not in settings.objective.needs:
+        raise ConfigError(
+            f"advantage.spread='temporal' with objective.name={settings.config.objective.name!r}: it trains on clean "
+            "samples, and no step of theirs; set advantage.spread='even'"
+        )
+    for reward, _, where in (route.partition(":") for route in credit.routes):
+        _choice("advantage.routes", reward, settings.rewards)
+        if credit.spread == "regions":
+            _choice("advantage.routes", where, ("inside", "outside"))
 
 
 def _check_roles(settings: Settings) -> None:

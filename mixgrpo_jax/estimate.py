@@ -33,6 +33,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings, share
 from mixgrpo_jax.engine import ahead
 from mixgrpo_jax.engine.cost import Cost
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.programs import decode_chunks, drawing, fit, idle, prefix_rows, rollout_fsdp
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.models import families
@@ -335,7 +336,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x4.", required=True)
     _ARCHITECTURE = flags.DEFINE_enum("architecture", "flux1-dev", list(families.architectures()), "Without a folder.")
     _SMALLEST = flags.DEFINE_bool("smallest", False, "Look for the smallest slice of every kind that fits.")

@@ -7,6 +7,11 @@ steps. The averaged parameters go to workdir/checkpoint, as diffusers lays them 
 steps, held-out scores) beside them.
 """
 
+from mixgrpo_jax.runtime import progress
+
+if __name__ == "__main__":
+    progress.begin()  # the imports below take seconds
+
 import json
 import math
 import pathlib
@@ -21,6 +26,7 @@ from jax import Array
 from tqdm import trange
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import HeldOut, table
 from mixgrpo_jax.engine.loading import load_rewards
 from mixgrpo_jax.models import families
@@ -123,6 +129,6 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     app.run(main)

@@ -13,6 +13,11 @@ With --iteration and --id it draws a sample of training again, as workdir/sample
 of the parameters that drew it is kept. Its scores are in workdir/drawn/ITERATION.csv.
 """
 
+from mixgrpo_jax.runtime import progress
+
+if __name__ == "__main__":
+    progress.begin()  # the imports below take seconds
+
 import os
 import sys
 from collections.abc import Sequence
@@ -22,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.drawn import redraw
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import make_draw
 from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
 from mixgrpo_jax.engine.workdir import with_own_config
@@ -52,25 +58,37 @@ def sample(
     if not prompts:
         raise configs.ConfigError("prompt: none was given; repeat --prompt='...' for each picture")
     mesh = mesh_of(settings)
-    parts, policy, trainable, frozen = load_policy(settings, mesh)
-    trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
-    draw, features = make_draw(policy, settings.evaluation, trainable.attach), jax.jit(policy.features)
-    first = distributed.is_first()
-    if first:
-        print(f"{source}, {config.evaluation.num_steps} steps of {config.evaluation.solver}")
-
-    if noise is None:
-        key, ids = jax.random.key(config.seed), jnp.arange(len(prompts))
-        noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
-    size, drawn = min(config.evaluation.batch, len(prompts)), []
-    for start in tqdm(range(0, len(prompts), size), "sample", disable=not first):
-        index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
-        cond = features(frozen, policy.tokenize([prompts[i] for i in index]))
-        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])))
-    images = np.concatenate(drawn)[: len(prompts)]
-    if first:
+    with jax.set_mesh(mesh):
+        images = _draw(settings, mesh, workdir, prompts, noise, base)
+    if distributed.is_first():
         write(place(workdir) / "samples", images)
     return images
+
+
+def _draw(
+    settings: Settings,
+    mesh: Any,
+    workdir: str | os.PathLike,
+    prompts: Sequence[str],
+    noise: np.ndarray | None,
+    base: bool,
+) -> np.ndarray:
+    parts, policy, trainable, frozen = load_policy(settings, mesh)
+    trained, source = restore_trained(settings, parts, workdir, trainable.params, base)
+    options = settings.evaluation
+    draw, features = make_draw(policy, options, trainable.attach), jax.jit(policy.features)
+    if distributed.is_first():
+        progress.say(f"{source}, {options.num_steps} steps of {options.solver}")
+
+    if noise is None:
+        key, ids = jax.random.key(settings.config.seed), jnp.arange(len(prompts))
+        noise = np.asarray(initial_noise(Sampler(), key, ids, policy.latent_shape))
+    size, drawn = min(options.batch, len(prompts)), []
+    for start in progress.over(range(0, len(prompts), size), "drawing, batch", -(-len(prompts) // size)):
+        index = np.arange(start, start + size) % len(prompts)  # a short last batch is filled up: one program
+        cond = features(frozen, policy.tokenize([prompts[i] for i in index.tolist()]))
+        drawn.append(distributed.gather(draw(trained, frozen, cond, noise[index])[0]))
+    return np.concatenate(drawn)[: len(prompts)]
 
 
 def again(config: Any, workdir: str | os.PathLike, iteration: int, number: int) -> np.ndarray:
@@ -90,6 +108,7 @@ def write(folder: Path, images: np.ndarray) -> None:
     for number, image in enumerate(images):
         report.save_png(folder / f"{number:03}.png", image)
     report.save_png(folder / "page.png", report.tile(images, columns=4, scale=4))
+    progress.say(f"pictures: {folder / 'page.png'}, and one by one beside it")
 
 
 @distributed.joined()
@@ -104,7 +123,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.")
     _ITERATION = flags.DEFINE_integer("iteration", None, "Draw a sample of this iteration of training again.")

@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from mixgrpo_jax.config import ConfigError
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.rewards import scoring
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.remote import TOKEN
@@ -57,7 +58,7 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
     _PORT = flags.DEFINE_integer("port", 8100, "Port to listen at.")
     _TOKEN_FILE = flags.DEFINE_string("token_file", "", "File with the token; without it, the environment's.")

@@ -5,17 +5,25 @@
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
 drawn/ (a table of samples an iteration), warnings.jsonl where monitors have warned, with pictures in warnings/,
-checkpoints/, before_after.png and rewards.png; with profile.start a trace of some iterations, profile/. The workdir may
-be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled programs, unless
-JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
+checkpoints/, held_out/ (scores and pictures of each evaluation), before_after.png, rewards.png, and report.html, which
+shows it all and is written anew at every evaluation; with profile.start a trace of some iterations, profile/. The
+workdir may be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled
+programs, unless JAX_COMPILATION_CACHE_DIR says where: a run that starts again compiles what has changed.
 """
+
+from mixgrpo_jax.runtime import progress
+
+if __name__ == "__main__":
+    progress.begin()  # the imports below take seconds
 
 import collections
 import contextlib
 import dataclasses
 import functools
 import os
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,8 +31,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
-from clu import parameter_overview
-from tqdm import tqdm
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
@@ -32,10 +38,11 @@ from mixgrpo_jax.engine import drawn as tables
 from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
+from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, mesh_of, restore_run
 from mixgrpo_jax.engine.monitors import Watch
-from mixgrpo_jax.engine.programs import fit, idle, make_programs, rollout_fsdp
+from mixgrpo_jax.engine.programs import fit, idle, learning_rate, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.policy import Policy
@@ -43,10 +50,11 @@ from mixgrpo_jax.rewards.contract import Score
 from mixgrpo_jax.rl.samples import Objective
 from mixgrpo_jax.rl.select import Replay
 from mixgrpo_jax.rl.update import TrainState
-from mixgrpo_jax.runtime import app, compiler, distributed, metrics, report
+from mixgrpo_jax.runtime import app, boards, compiler, distributed, metrics, report
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.checkpoint import Checkpoints, Damaged, Finished, finished
 from mixgrpo_jax.runtime.files import Path, locked, place
+from mixgrpo_jax.runtime.page import refresh_report
 from mixgrpo_jax.runtime.preemption import Notice, Stopped
 from mixgrpo_jax.tasks import load_task
 
@@ -57,6 +65,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, np.ndarray]:
     Of several processes, each must find `workdir` at the same place.
     """
     settings = configs.resolve(config)
+    boards.check(settings.config.wandb)
     mesh, workdir = mesh_of(settings), place(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     notice = Notice()
@@ -88,25 +97,27 @@ def _train(
     notice: Notice,
     check_lock: Callable[[], None],
 ) -> dict[str, np.ndarray]:
-    planner, total = settings.planner, settings.config.iterations
-    parts, collector, held_out, state = _set_up(settings, mesh)
+    planner, total, begun = settings.planner, settings.config.iterations, time.monotonic()
+    with progress.doing("reading the model and the prompts"):
+        parts, collector, held_out, state = _set_up(settings, mesh)
     fresh = checkpoints.latest is None
     state, planned, upcoming, before = _begin(state, parts, collector, held_out, workdir, checkpoints)
-    writer, after = metrics.MetricWriter(workdir, None if fresh else planned.iteration, check_lock), None
+    resume_at, after = None if fresh else planned.iteration, None
+    writer = metrics.MetricWriter(workdir, resume_at, check_lock, settings.config.wandb, settings.config.to_dict())
     watch = Watch(collector, workdir, None if fresh else checkpoints.restore_host().get("monitors"))
+    pace = metrics.Pace(total, begun - writer.seconds)
     checkpoints.before += [check_lock, writer.flush]
     if fresh and before:
-        writer.write(0, metrics.means("held_out", before.scores))
+        writer.write(0, metrics.means("held_out", before.scores) | pace.metrics(0), first_pictures(before.excerpt()))
 
     kept: Any = checkpoints.restore_samples if isinstance(settings.select, Replay) and not fresh else None
     last: Finished | None = None  # what can be saved, if it is not yet
     norms: collections.deque[float] = collections.deque(maxlen=50)  # of the last gradients
     timer = metrics.PhaseTimer()
     iterations = range(planned.iteration, total)
-    progress = tqdm(iterations, "train", total, initial=planned.iteration, disable=not distributed.is_first())
-    profile = settings.profile
+    shown, profile = progress.over(iterations, "iteration", total, planned.iteration), settings.profile
     with _closing(writer), notice.agreed(), _saving(checkpoints, notice, lambda: last):
-        for iteration in metrics.traced(progress, workdir / "profile", profile.start, profile.iterations):
+        for iteration in metrics.traced(shown, workdir / "profile", profile.start, profile.iterations):
             done = iteration + 1
 
             with timer("rollout"):
@@ -140,25 +151,35 @@ def _train(
                 check_norms(norms, learned["grad_norm"], settings.config.optimizer.max_grad_ratio, done)
                 check_on_policy(settings, learned, drawn.plan, on_policy)
                 line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned) | monitored
+                line, pictures = line | {"optimizer/learning_rate": learning_rate(settings, done)}, {}
+                after = None
                 if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
+                        excerpt = held_out.keep(workdir, done, after)
                         line |= watch.compare(done, before, after)
-                    line |= metrics.means("held_out", after.scores)
+                    line, pictures = line | metrics.means("held_out", after.scores), first_pictures(excerpt)
                 host = host_state(planned) | {"monitors": watch.state}
                 last = finished(done, state, host, upcoming.sampled if upcoming else kept, line)
-                line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh)
+                line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh) | pace.metrics(done)
                 tables.write(workdir, done, collector.asked(drawn)[0], scores, lesson.advantage)
-                writer.write(done, line)  # before the save: a run that goes on from it has the line
-                progress.set_postfix(metrics.brief(line))
+                writer.write(done, line, pictures)  # before the save: a run that goes on has the line
+                progress.say(metrics.brief(done, total, line))
                 timer = metrics.PhaseTimer()  # a save's seconds are in the next line
                 with timer("checkpoint"):
                     checkpoints.save(last, force=done == total or watch.stops)
                 watch.check()
             notice.agree()
+            if after and done < total:
+                with timer("report"):
+                    writer.flush()
+                    refresh_report(workdir)
 
-    after = after or held_out.assess(chosen_average(settings, state), collector.frozen)  # or it was finished before
-    _report(workdir, held_out, before, after)
+    if not after:  # it was finished before
+        after = held_out.assess(chosen_average(settings, state), collector.frozen)
+        held_out.keep(workdir, planned.iteration, after)
+    if distributed.is_first():
+        _report(workdir, held_out, before, after)
     return after.scores
 
 
@@ -198,20 +219,25 @@ def _keep(checkpoints: Checkpoints, notice: Notice, last: Finished | None) -> No
 def _set_up(settings: Settings, mesh: Any) -> tuple[Parts, Collector, HeldOut, TrainState]:
     """The policy's parts, what is trained of it, the rewards, and the programs of an iteration."""
     task, data = load_task(settings.data.name), settings.data
-    prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
+    with progress.doing("preparing the data"):  # which takes time once
+        prompts = task.batches(task.load("train", data.folder), settings.config.seed, settings.batch.prompts)
     rewards = load_rewards(settings)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True, text=data.name != "features")
     settings = fit(settings, parts, mesh)
     if distributed.is_first():
-        print(parameter_overview.get_parameter_overview(trainable.params, include_stats=False))
-        print(settings.arithmetic(meshes.batch_ways(mesh)))
-        print(compiler.describe(mesh.devices.flat))
-        print(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in frozen.items()}
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable.params))
+        kept = ", ".join(f"{size:,} of {name}" for name, size in sizes.items() if size)
+        progress.say(f"{trained:,} parameters are trained, and {kept or 'none'} kept")
+        progress.say(textwrap.fill(settings.arithmetic(meshes.batch_ways(mesh)), progress.COLUMNS))
+        progress.say(compiler.describe(mesh.devices.flat))
+        progress.say(meshes.describe(mesh, rollout_fsdp(settings, parts, mesh)))
         for note in idle(settings, mesh):
-            print("WARNING:", note)
+            progress.say(f"WARNING: {note}")
     programs = make_programs(settings, parts, trainable, mesh)
     collector = Collector(settings, policy, programs, frozen, prompts, rewards, mesh)
-    return parts, collector, HeldOut(settings, policy, rewards, trainable.attach), programs.init(trainable.params)
+    held_out = HeldOut(settings, policy, rewards, trainable.attach, check=collector.check)
+    return parts, collector, held_out, programs.init(trainable.params)
 
 
 def _begin(
@@ -242,12 +268,14 @@ def _begin(
             checkpoints.set_aside(str(damage or f"{checkpoints.folder} cannot be read by another process"))
             continue
         if distributed.is_first():
-            print(f"Resumed at iteration {planned.iteration}, from {checkpoints.folder}")
-            if planned.iteration >= settings.config.iterations:
-                print(f"iterations={settings.config.iterations} are finished, and nothing is trained: raise iterations")
+            progress.say(f"Resumed at iteration {planned.iteration}, from {checkpoints.folder}")
+            if (total := settings.config.iterations) <= planned.iteration:
+                progress.say(f"iterations={total} are finished, and nothing is trained: raise iterations")
         workdirs.record(settings.config, workdir, changed, planned.iteration)
         return found, planned, upcoming, Assessment.load(before)
-    assessment = held_out.assess(state.params, collector.frozen)
+    with progress.doing("before training"):
+        assessment = held_out.assess(state.params, collector.frozen)
+    held_out.keep(workdir, 0, assessment)
     workdirs.record(settings.config, workdir)
     if distributed.is_first():
         assessment.save(before)
@@ -259,14 +287,30 @@ def chosen_average(settings: Settings, state: TrainState) -> Any:
     return state.averages[settings.evaluation.average] if settings.evaluation.average else state.params
 
 
+def first_pictures(excerpt: Assessment) -> dict[str, np.ndarray]:
+    """The first held-out pictures, on one page, as TensorBoard and Weights & Biases get them."""
+    return {"held_out": report.tile(excerpt.images[:24], columns=4)}
+
+
 def _report(workdir: Path, held_out: HeldOut, before: Assessment | None, after: Assessment) -> None:
-    if distributed.is_first():
-        shown = {"before": before, "after": after} if before else {"after": after}
-        for when, assessment in shown.items():
-            print(f"{when}\n{table(assessment.scores, held_out.groups)}")
+    """What a person reads at the end: the scores, what to try next, and, as the last lines, where the files are."""
+    shown = {"before": before, "after": after} if before else {"after": after}
+    with progress.doing("drawing figures"):
         pictures = {when: assessment.images for when, assessment in shown.items()}
         report.grid(workdir / "before_after.png", pictures, held_out.prompts[:24])
         report.curve(workdir)
+        refresh_report(workdir)
+    progress.say("\n" + table(after.scores, held_out.groups, before and before.scores) + "\n")
+    prompt = shlex.quote(held_out.prompts[0])
+    progress.say(f"next: python -m mixgrpo_jax.sample --workdir={shlex.quote(str(workdir))} --prompt={prompt}\n")
+    paths = {
+        "metrics": "metrics.jsonl",
+        "curve": "rewards.png",
+        "pictures": "before_after.png",
+        "report": "report.html",
+    }
+    for what, name in paths.items():
+        progress.say(f"{what + ':':<10}{workdir / name}")
 
 
 def describe(
@@ -277,8 +321,8 @@ def describe(
     by_group = np.nan_to_num(lesson.advantage).reshape(settings.batch.prompts, -1)
     stochastic = [(s, steps) for s, steps in zip(settings.planner.layout, drawn.plan.segments) if s.sde]
     line = (
-        metrics.means("reward", {name: values[name] for name in settings.rewards})
-        | metrics.means("watched", {name: values[name] for name in settings.config.watched})
+        metrics.means("reward", {name: values[name] for name in settings.rewards}, settings.batch.prompts)
+        | metrics.means("watched", {name: values[name] for name in settings.config.watched}, settings.batch.prompts)
         | summarise(learned, settings.objective)
         | {"advantage/abs_mean": np.abs(metrics.scored(lesson.advantage)).mean()}
         | {"advantage/missing": int(np.isnan(lesson.advantage).sum())}
@@ -375,6 +419,6 @@ def main(_):  # noqa: D103
 
 
 if __name__ == "__main__":
-    _CONFIG = app.config_flag()
+    _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     app.run(main)

@@ -177,6 +177,8 @@ def test_a_run_goes_on_and_is_evaluated(bucket, small_policy, capfd):
     assert [json.loads(line)["iteration"] for line in bucket.objects["run/history.jsonl"][0].splitlines()] == [1]
     pictures = {name.removeprefix("run/") for name in bucket.objects if name.endswith(".png")}
     assert pictures == {"before_after.png", "rewards.png"} and "run/.lock" not in bucket.objects
+    assert {"run/report.html", "run/held_out/0.npz", "run/held_out/2.npz"} <= bucket.objects.keys()
+    assert b'"iteration":2,"pictures":{"0"' in bucket.objects["run/report.html"][0]
     scores = evaluate.evaluate(workdirs.recorded(workdir), workdir)
     assert scores["slow"] == pytest.approx(lines(workdir)[-1]["held_out/slow/mean"], abs=1e-5)
     assert bucket.objects["run/held_out.png"][0].startswith(b"\x89PNG")

@@ -1,11 +1,14 @@
 """The estimate through the command, by the TPU's own compiler."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.python import run_program
 
 pytest.importorskip("libtpu", reason="the TPU's compiler is in libtpu")
 pytestmark = pytest.mark.slow
@@ -63,3 +66,40 @@ def test_what_does_not_fit_says_what_would_help(tmp_path):
     assert result["bytes_per_device"]["update"]["total"] > result["hbm_bytes"]
     assert "a smaller batch.micro_batch" in text and "model.remat='block'" in text
     assert result["smallest"] == {"v5e": None}
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+RECIPES = [name for name in RECIPES if not name.startswith(("flux", "sd35", "quickstart", "scenes", "signs"))]
+SOME = RECIPES if os.environ.get("MIXGRPO_JAX_LOWER") == "all" else ["nft", "op_grpo"]
+LOWERED = """
+import sys
+import jax
+from mixgrpo_jax import config as configs, estimate
+from mixgrpo_jax.engine import ahead
+from mixgrpo_jax.engine.programs import fit
+from mixgrpo_jax.models import families
+
+jax.config.update("jax_platforms", "cpu")
+topology, *recipes = sys.argv[1:]
+parts = families.architectures()["flux1-dev"]()
+for recipe in recipes:
+    for task, rank in (("flux_dev", 0), ("flux_dev_lora", 64)):
+        config = configs.load(recipe, "configs/any.py", task)
+        config.model.attention = "splash"
+        settings = configs.resolve(config)
+        assert settings.model.lora.rank == rank
+        mesh = estimate.slice_mesh(settings, topology)
+        phases, resident = ahead.lower(fit(settings, parts, mesh), parts, mesh, estimate.host_mesh(topology))
+        assert phases.keys() >= {"rollout", "decode", "update"}
+        total = sum(resident.values())
+        print(recipe, rank, f"{total / 2**30:.2f}", *[f"{name}={size / 2**30:.2f}" for name, size in resident.items()])
+"""
+
+
+def test_recipes_are_lowered_at_flux_devs_shapes_in_full_and_by_adapters():
+    """What stays on a device leaves an update its memory. All recipes with MIXGRPO_JAX_LOWER=all."""
+    said = run_program(LOWERED, "v5p:2x4x4", *SOME, cwd=ROOT, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    rows = [line.split(maxsplit=3) for line in said.splitlines() if line.split()[0] in SOME]
+    print(said)
+    assert [(name, rank) for name, rank, *_ in rows] == [(name, rank) for name in SOME for rank in ("0", "64")]
+    assert all(0 < float(total) < 95 / 2 for _, _, total, _ in rows)

@@ -46,7 +46,17 @@ def ours(path):
 
 def test_every_folder_is_a_room():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(MAY_IMPORT)
-    assert {"train", "evaluate", "sample", "encode", "convert", "estimate", "pretrain", "serve_rewards"} <= COMMANDS
+    assert {
+        "train",
+        "evaluate",
+        "sample",
+        "encode",
+        "convert",
+        "estimate",
+        "pretrain",
+        "report",
+        "serve_rewards",
+    } <= COMMANDS
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)

@@ -19,9 +19,10 @@ from mixgrpo_jax.tasks import load_task
 SEEDS = (1, 2, 3)
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 # Iterations by recipe. Some learn by small steps, or from samples of an average. All run with MIXGRPO_JAX_LEARN=all.
-RECIPES = dict(dpo=60, vgrpo=30, dgpo=30, flow_dppo=30, gcpo=30, uni_tmpo=30, op_grpo=30)
+RECIPES = dict(dpo=60, vgrpo=30, flow_dppo=30, op_grpo=30)
 if os.environ.get("MIXGRPO_JAX_LEARN") == "all":
     RECIPES |= dict(nft=60, grpo_guard=60, pcpo=60, awm=30, crd=30, rsm=30, tempflow=30, flash_grpo=30, tmpo=30)
+    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30)
 
 
 def brightness(images, prompts, metadata):

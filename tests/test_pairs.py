@@ -1,10 +1,14 @@
-"""Every objective with every plan, selection, kind of training and age of samples resolves, or is refused by name."""
+"""Every objective with every plan, selection, kind of training and age of samples: it runs, or is refused by name."""
 
 import itertools
+import os
+
+import pytest
 
 from mixgrpo_jax import config as configs
+from mixgrpo_jax import train
 from mixgrpo_jax.rl.objectives import OBJECTIVES
-from tests.test_train import fast
+from tests.test_train import fast, lines
 
 RECIPES = {"grpo": "mixgrpo"}  # of an objective whose recipe has another name
 PLANS = {
@@ -37,6 +41,16 @@ def resolves(*chosen):
     return True
 
 
+def covering(rows):
+    """Some of the rows, in which every pair of values of two columns that any row has is once."""
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        chosen.append(max(pairs, key=lambda row: len(pairs[row] & left)))
+        left -= pairs[chosen[-1]]
+    return chosen
+
+
 ROWS = [row for row in itertools.product(*AXES) if resolves(*row)]
 
 
@@ -44,3 +58,13 @@ def test_most_combinations_are_one_and_every_value_is_in_some():
     assert len(ROWS) > 0.3 * len(list(itertools.product(*AXES)))
     for axis, values in enumerate(AXES):
         assert {row[axis] for row in ROWS} == set(values)
+
+
+RUN = covering(ROWS)[: None if os.environ.get("MIXGRPO_JAX_PAIRS") == "all" else 3]  # the richest in pairs come first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", RUN, ids=lambda row: "-".join(map(str, row)))
+def test_every_pair_runs_two_iterations(small_policy, tmp_path, row):
+    train.train(combined(small_policy, *row), tmp_path)
+    assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2]

@@ -25,8 +25,10 @@ from mixgrpo_jax.models.lora_config import LoraConfig
 from mixgrpo_jax.rewards.contract import Incomplete, Missing
 from mixgrpo_jax.rewards.function import function_reward
 from mixgrpo_jax.rl.samples import Objective
+from mixgrpo_jax.runtime import page
 from mixgrpo_jax.runtime.files import place
 from mixgrpo_jax.runtime.mesh import virtual_devices
+from mixgrpo_jax.runtime.metrics import compilations
 from mixgrpo_jax.sample import sample
 from tests.python import ROOT, run_program
 
@@ -74,6 +76,7 @@ def test_what_a_run_leaves(straight):
         assert line["compilations"] == 2
         for name in ("reward/ocr", "reward/colour", "watched/strict"):
             assert 0 <= line[f"{name}/mean"] <= 1 and 0 < line[f"{name}/std"] <= 0.5
+            assert line[f"{name}/within"] <= line[f"{name}/std"] + 1e-6
         assert 0.1 < line["advantage/abs_mean"] <= 5
         assert line["ratio/max_deviation"] < 5e-5 and line["ratio/max_deviation"] < line["ratio/drift"] < 0.1
         assert 0 <= line["ratio/clip_fraction"] < 1 and line["ratio/mean"] == pytest.approx(1, abs=0.01)
@@ -85,7 +88,13 @@ def test_what_a_run_leaves(straight):
             f"held_out/{name}/{what}" for what in ("mean", "std") for name in scores if held_out
         ]
     assert all(log[-1][f"held_out/{name}/mean"] == values.mean() for name, values in scores.items())
-    timed = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    rate, last = tiny().optimizer.learning_rate, tiny().optimizer.final_rate  # of 8 updates, falling from the second on
+    rates = [rate * (1 - (1 - last) * fallen / 7) for fallen in (0, 2, 4, 6)]
+    assert [line["optimizer/learning_rate"] for line in log[1:]] == pytest.approx(rates)
+    clock = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert (walls := [line["time/wall"] for line in clock]) == sorted(walls) and walls[0] > 0
+    assert ["time/left" in line for line in clock] == [False, False, True, True, True] and clock[-1]["time/left"] == 0
+    timed = clock[-1]
     phases = [timed[f"time/{phase}"] for phase in ("rollout", "decode", "reward", "update")]
     assert min(phases) > 0 and timed["time/iteration"] == pytest.approx(sum(phases))
     assert timed["time/images_per_second"] == pytest.approx(8 / sum(phases))
@@ -187,6 +196,27 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path):
         train.train(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"advantage.spread": "map"}, "spread='map': none of the rewards slow gives a map; choose 'even'"),
+        (
+            {"advantage.spread": "routes", "advantage.routes": ("slow:audio",)},
+            "has no tokens 'audio'; choose from image",
+        ),
+        ({"mesh.rollout_fsdp": 3}, "mesh.rollout_fsdp=3 does not divide mesh.fsdp=1: choose a divisor"),
+        ({"model.text_length": 3}, "model.text_length=3: prompt 'a .*' has [0-9]+ tokens; the model takes 3"),
+    ],
+)
+def test_what_only_the_parts_of_a_run_know_is_refused_before_it_compiles(small_policy, tmp_path, fields, message):
+    config = fast(small_policy)
+    config.update_from_flattened_dict(fields)
+    before = compilations("draw_samples", "update_policy")
+    with pytest.raises(configs.ConfigError, match=message):
+        train.train(config, tmp_path)
+    assert compilations("draw_samples", "update_policy") == before
+
+
 @pytest.mark.parametrize("iterations", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_parameters_that_are_not_finite_are_never_saved(small_policy, tmp_path, iterations):
     config = fast(small_policy, iterations)
@@ -261,8 +291,6 @@ def test_while_servers_are_away_what_is_finished_is_saved_and_the_run_goes_on(sm
 
 SIZES = (
     dict(data=8),
-    dict(data=1, fsdp=8),
-    dict(data=4, tensor=2),
     dict(data=1, fsdp=4, context=2),
     dict(data=1, fsdp=4, tensor=2, rollout_fsdp=2),
 )
@@ -286,7 +314,7 @@ def smooth():
 
 
 @pytest.mark.slow
-def test_every_mesh_of_eight_devices_gives_the_single_devices_metrics(tmp_path):
+def test_meshes_of_eight_devices_give_the_single_devices_metrics(tmp_path):
     train.train(smooth(), tmp_path / "one")
     run_program(MESHES, tmp_path, cwd=ROOT, **virtual_devices(8))
     one = lines(tmp_path / "one")
@@ -591,13 +619,30 @@ def counted(path):
     return function_reward(path)
 
 
-def test_a_run_builds_its_rewards_once(small_policy, tmp_path):
+def test_a_run_builds_its_rewards_once_and_shows_every_evaluation(small_policy, tmp_path, monkeypatch, capsys):
     config = fast(small_policy, 2)
     config.evaluation.every = 1
     config.reward_options = dict(slow=dict(kind=f"{__name__}:counted", path=f"{__name__}:slow_reward"))
     built.clear()
+    write, known = page.write, []
+
+    def refuse_once(path, workdirs):
+        known.append([line["iteration"] for line in lines(tmp_path)])
+        if len(known) == 1:
+            raise OSError("no space")
+        write(path, workdirs)
+
+    monkeypatch.setattr(page, "write", refuse_once)
     train.train(config, tmp_path)
     assert built == [f"{__name__}:slow_reward"]
+    assert known == [[0, 1], [0, 1, 2]]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].split() == ["report:", str(tmp_path / "report.html")]
+    assert "WARNING: report.html is not written: OSError: no space" in said.err
+    assert {path.name for path in (tmp_path / "held_out").iterdir()} == {"0.npz", "1.npz", "2.npz", "prompts.json"}
+    with np.load(tmp_path / "before.npz") as before, np.load(tmp_path / "held_out" / "0.npz") as kept:
+        np.testing.assert_array_equal(kept["slow"], before["slow"])
+    assert "<h2>Result</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

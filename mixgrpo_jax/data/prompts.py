@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 TFDS = "tfds:"
 SOURCES = "a .txt or .jsonl file, a folder of splits, or tfds:NAME/split"
@@ -106,6 +105,8 @@ def _object(where: str, line: str) -> dict[str, Any]:
 
 
 def _from_tfds(source: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import tensorflow_datasets as tfds  # takes seconds, which other sources need not wait
+
     name, _, split = source.removeprefix(TFDS).rpartition("/")
     if not name or not split:
         raise ValueError(f"prompts={source!r} names no split; write tfds:NAME/split")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mixgrpo_jax.config import Settings
+from mixgrpo_jax.config import ConfigError, Settings, refusing
 from mixgrpo_jax.engine.programs import Programs
 from mixgrpo_jax.engine.reward_grad import RewardGrad
 from mixgrpo_jax.flow.plans import Plan
@@ -63,6 +63,22 @@ class Collector:
     prompts: Sequence[dict[str, Any]]
     rewards: Sequence[Reward]
     mesh: Any
+
+    def __post_init__(self):
+        credit, known = self.settings.advantage, self.policy.tokens
+        for route in credit.routes if credit.spread == "routes" else ():
+            if (where := route.partition(":")[2]) not in known:
+                choices = ", ".join(known)
+                raise ConfigError(
+                    f"advantage.routes={route!r}: the policy has no tokens {where!r}; choose from {choices}"
+                )
+
+    def check(self, scores: Mapping[str, Score]) -> None:
+        """Raise ConfigError where the scores of any pictures show that the rewards are not what the config asks for."""
+        settings = self.settings
+        if settings.advantage.spread in ("map", "regions") or "map" in settings.objective.needs:
+            with refusing():
+                map_of(scores, shares(settings.rewards), settings.advantage)
 
     @functools.cached_property
     def group(self) -> np.ndarray:

@@ -1,6 +1,8 @@
 """A config's policy on a mesh, and what a run has trained of it."""
 
+import copy
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mixgrpo_jax.config import ConfigError, Settings
+from mixgrpo_jax.config import Settings, refusing
 from mixgrpo_jax.engine.workdir import check
-from mixgrpo_jax.models import families, lora_files
+from mixgrpo_jax.models import families, lora, lora_files
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.io import weights
 from mixgrpo_jax.models.io.weights import Rule
@@ -28,10 +30,8 @@ from mixgrpo_jax.tasks import load_task
 
 def mesh_of(settings: Settings) -> Any:
     """The config's mesh over all devices. Raises ConfigError where it does not fill them."""
-    try:
+    with refusing():
         return meshes.make_mesh(settings.config.mesh, samples=settings.update_samples)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def load_policy(
@@ -183,25 +183,62 @@ def version_of(host: dict[str, Any], checkpoints: Checkpoints) -> int:
 
 
 def restore_trained(
-    settings: Settings, parts: Parts, workdir: str | os.PathLike, trained: Any, base: bool = False
+    settings: Settings,
+    parts: Parts,
+    workdir: str | os.PathLike,
+    trained: Any,
+    base: bool = False,
+    step: int | None = None,
 ) -> tuple[Any, str]:
-    """Trained parameters (an average or raw) from the newest checkpoint of workdir; and where from, in words.
+    """Trained parameters (an average or raw) from the newest checkpoint of workdir, or that of an iteration, `step`.
 
-    With `base` they are those given, from before training. Raises ValueError for a workdir without a checkpoint, or of
-    a run of another model.
+    With `base` they are those given, from before training. Second comes where they are from, in words. Raises
+    ValueError for a workdir without such a checkpoint, or of a run of another model.
     """
+    model = settings.model
     if base:
-        return trained, settings.model.folder or "the shipped checkpoint"
-    checkpoints, average = Checkpoints(workdir), settings.evaluation.average
+        return trained, model.lora.init_from or model.transformer or model.folder or "the shipped checkpoint"
+    checkpoints, average = Checkpoints(workdir, step=step), settings.evaluation.average
     if checkpoints.latest is None:
         raise ValueError(
-            f"workdir={str(workdir)!r} holds no checkpoint: let the run save one, or take the model's folder as it is, "
-            "with --base"
+            f"workdir={str(workdir)!r} holds no checkpoint: let the run save one, or take the model as it was before "
+            "training (sample --base, evaluate --policy=base)"
         )
     check(settings.config, workdir, reads=True)
     version = version_of(checkpoints.restore_host(), checkpoints)
     found = converted(checkpoints.restore_part(average_path(average, version), trained), version, parts.table)
     return _finite(found, checkpoints), f"iteration {checkpoints.latest} ({average or 'params'})"
+
+
+def model_at(config: Any, source: str | os.PathLike, field: str) -> Any:
+    """A config with the model that lies at `source`, untrained; the config that is given stays as it is.
+
+    It is a whole model's folder, see `families.find`; or a transformer, or adapters in a LoRA file, which take the
+    place of the config's own in its model. Raises ValueError, which names `field`, where nothing is.
+    """
+    config = copy.deepcopy(config)
+    model = config.model
+    place = families.find(source, *families.CONFIGS, lora_files.FILE_NAME, lora_files.PEFT_FILE, field=field)
+    model.lora.rank, model.lora.init_from = 0, ""
+    if (place / "transformer").is_dir():
+        model.folder, model.transformer = str(source), ""
+    elif (place / "config.json").is_file() or _is_release(place):
+        model.transformer = str(source)
+    else:
+        parts = families.read_parts(model.folder, model.transformer)
+        rules = parts.family.transformer.rules(parts.configs["transformer"])
+        adapted = lora.pairs(lora_files.load(place, rules, families.shapes(parts, text=False)["transformer"]))
+        model.lora.rank = next(iter(adapted.values()))[0].shape[-1]
+        model.lora.targets, model.lora.init_from = "|".join(sorted(adapted)), str(source)
+    return config
+
+
+def _is_release(file: pathlib.Path) -> bool:
+    """Whether a file is an original release of a known model, and no LoRA file."""
+    try:
+        return file.is_file() and bool(families.of(file))
+    except ValueError:
+        return False
 
 
 def average_path(average: str, version: int) -> tuple[str, ...]:

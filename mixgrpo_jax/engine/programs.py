@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, share
+from mixgrpo_jax.config import BatchSizes, Optimizer, Settings, refusing, share
 from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.plans import Layout, Plan
 from mixgrpo_jax.flow.rollout import Rollout, Rows, initial_noise, rollout
@@ -251,9 +251,11 @@ def rollout_fsdp(settings: Settings, parts: Parts, mesh: Any) -> int:
     """
     drawn = drawing(settings, mesh)
     fsdp = drawn.shape["fsdp"]
-    if settings.mesh.rollout_fsdp is not None or fsdp == 1:
-        return settings.mesh.rollout_fsdp or fsdp
-    if (memory := _memory(settings, parts, mesh)) is None:
+    if (asked := settings.mesh.rollout_fsdp) is not None:
+        with refusing():
+            meshes.with_fsdp(drawn, asked)
+        return asked
+    if fsdp == 1 or (memory := _memory(settings, parts, mesh)) is None:
         return fsdp
     ways = meshes.batch_ways(drawn)
     samples = settings.samples // ways if settings.samples % ways == 0 else settings.samples
@@ -396,6 +398,20 @@ def _make_update(settings: Settings, parts: Parts, policy: Policy, attach: Any, 
     return update_policy
 
 
+def make_schedule(options: Optimizer, num_updates: int) -> optax.Schedule:
+    """The learning rate of update k, from 0."""
+    rate, warmup = options.learning_rate, max(options.warmup, 1)
+    rise = optax.linear_schedule(rate / warmup, rate, warmup - 1) if warmup > 1 else optax.constant_schedule(rate)
+    fall = optax.linear_schedule(rate, rate * options.final_rate, max(num_updates - warmup, 1))
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def learning_rate(settings: Settings, iteration: int) -> float:
+    """That of the last update of an iteration, from 1."""
+    updates = settings.batch.updates
+    return float(make_schedule(settings.optimizer, settings.config.iterations * updates)(iteration * updates - 1))
+
+
 def make_optimiser(
     options: Optimizer, num_updates: int, rewards: int = 1, fixed: str = ""
 ) -> optax.GradientTransformation:
@@ -405,10 +421,7 @@ def make_optimiser(
     Parameters in whose paths the regex `fixed` is found have no gradient; they get no moments, and do not decay.
     Adafactor keeps a row and a column of second moments for each matrix, and no first moment; b1, b2, eps are AdamW's.
     """
-    rate, warmup = options.learning_rate, max(options.warmup, 1)
-    rise = optax.linear_schedule(rate / warmup, rate, warmup - 1)
-    fall = optax.linear_schedule(rate, rate * options.final_rate, max(num_updates - warmup, 1))
-    schedule = optax.join_schedules([rise, fall], [warmup])
+    schedule = make_schedule(options, num_updates)
     if options.name == "adafactor":
         # Not optax.adafactor, whose weight decay does not follow the rate.
         step = optax.chain(

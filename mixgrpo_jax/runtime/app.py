@@ -1,10 +1,11 @@
 """How a command begins and ends: what is wrong with its flags, its config or its files is one line, and no traceback.
 
 if __name__ == "__main__":
-    _CONFIG = config_flag()
+    _CONFIG = config_flag(listed)
     app.run(main)
 """
 
+import contextlib
 import difflib
 import logging
 import opcode
@@ -12,12 +13,15 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_dict, config_flags
+
+from mixgrpo_jax.runtime import progress
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there means nothing here,
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # nor which back ends there are not
@@ -27,6 +31,7 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 NUMBERS = {r"invalid literal for int\(\) with base 10:": "it must be a whole number"}
 NUMBERS |= {"could not convert string to float:": "it must be a number"}
 RAISE = opcode.opmap["RAISE_VARARGS"]
+_listed: list[Callable[[Any], str]] = []  # what says a config's fields
 
 
 def run(main: Callable[[Any], Any], arguments: list[str] | None = None) -> None:
@@ -43,11 +48,14 @@ def run(main: Callable[[Any], Any], arguments: list[str] | None = None) -> None:
         except Exception as error:
             _end(error)
 
+    progress.ready()
     app.run(quietly, argv=arguments, flags_parser=_parse)
 
 
 def _parse(arguments: list[str]) -> list[str]:
     try:
+        if progress.HELP & set(arguments):
+            _help(arguments)
         return flags.FLAGS(arguments)
     except Exception as error:
         _end(error, debug=any(argument.lstrip("-") == "debug" for argument in arguments))
@@ -60,6 +68,33 @@ def _end(error: Exception, debug: bool = False) -> NoReturn:
         raise error
     print(f"ERROR: {line}", file=sys.stderr)
     sys.exit(1)
+
+
+def _help(arguments: list[str]) -> NoReturn:
+    """Print what the command does, its flags, and the fields of its config or of the one in --config; exit with 0."""
+    app.usage(shorthelp=True, writeto_stdout=True)
+    if "config" in flags.FLAGS and _listed:
+        given = [re.sub("^--?config=", "", each) for each in arguments if re.match("--?config=", each)]
+        print("\n" + _listed[0](flags.FLAGS["config"].parser.parse(given[-1]) if given else None))
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def without(pattern: str) -> Iterator[None]:
+    """Leave out what is written to standard error, by C++ too, in lines that a regex is found in; the others follow."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.write("".join(line for line in lines if not re.search(pattern, line)))
 
 
 def debugs() -> bool:
@@ -105,8 +140,12 @@ def _is_raised_here(error: BaseException) -> bool:
     return pathlib.Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[last.tb_lasti] == RAISE
 
 
-def config_flag() -> Any:
-    """Define `--config=FILE`, a recipe with a flag for each of its fields."""
+def config_flag(listed: Callable[[Any], str] | None = None) -> Any:
+    """Define `--config=FILE`, a recipe with a flag for each of its fields.
+
+    `--help` shows what `listed` says of a config, or of None, which is the default one.
+    """
+    _listed[:] = [listed] if listed else []
     holder = config_flags.DEFINE_config_file(
         "config", None, "A recipe, as configs/quickstart.py; its fields are flags.", lock_config=True
     )

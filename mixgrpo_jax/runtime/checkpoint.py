@@ -283,7 +283,8 @@ class Checkpoints:
             abstract = {name: abstract}
         restore = ocp.args.StandardRestore(abstract)
         if within is not None:
-            restore = ocp.args.PyTreeRestore(abstract, partial_restore=True)
+            places = ocp.checkpoint_utils.construct_restore_args(abstract)
+            restore = ocp.args.PyTreeRestore(abstract, restore_args=places, partial_restore=True)
         with self._reading():
             tree = self._manager.restore(self.latest, args=ocp.args.Composite(**{item: restore}))[item]
         tree = functools.reduce(operator.getitem, within or (), tree)

@@ -16,7 +16,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
-from mixgrpo_jax.runtime import app
+from mixgrpo_jax.runtime import app, progress
 from mixgrpo_jax.runtime.mesh import make_mesh
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -32,6 +32,10 @@ def joined() -> Iterator[None]:
     Without it they would wait in a collective for the one that is gone, and it for them as it leaves.
     """
     initialize()
+    progress.speaks(jax_distributed.global_state.process_id == 0)
+    if not _finds_tpu():  # where its library is installed, it says at length that there is none
+        with app.without("TPU|tpu|InitGoogle|Source Location Trace"):
+            jax.devices()
     if jax.process_count() == 1:
         yield
         return

@@ -1,8 +1,8 @@
-"""What a run writes down: metrics.jsonl, one object a line; TensorBoard where it is installed."""
+"""What a run writes down: metrics.jsonl, one object a line; the same for TensorBoard and Weights & Biases."""
 
 import collections
 import contextlib
-import importlib.util
+import datetime
 import json
 import operator
 import os
@@ -10,12 +10,14 @@ import pathlib
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from mixgrpo_jax.runtime import boards, progress
 from mixgrpo_jax.runtime.files import in_bucket, place, replaced, upload
 
 UPLOADS = 30.0  # seconds from one to the next, of a metrics.jsonl in a bucket
@@ -37,12 +39,20 @@ PEAK_FLOPS = {
 _compiled: collections.Counter[str] = collections.Counter()
 
 
+def _begin_compilation(event: str, value: float, **about: Any) -> None:
+    del value  # when it begins
+    if event.endswith("backend_compile_duration"):
+        progress.compiling(about.get("fun_name", "").removeprefix("jit(").removesuffix(")"))
+
+
 def _count_compilation(event: str, duration_secs: float, **about: Any) -> None:
     del duration_secs
     if event.endswith("backend_compile_duration"):
         _compiled[about.get("fun_name", "")] += 1
+        progress.compiling(None)
 
 
+jax.monitoring.register_scalar_listener(_begin_compilation)
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
@@ -51,8 +61,19 @@ def compilations(*functions: str) -> int:
     return sum(_compiled[f"jit({name})"] for name in functions)
 
 
+PHASES = {
+    "rollout": "drawing samples",
+    "decode": "decoding",
+    "reward": "scoring",
+    "update": "updating the policy",
+    "evaluation": "evaluating",
+    "checkpoint": "saving",
+    "report": "writing the report",
+}
+
+
 class PhaseTimer:
-    """Seconds by phase of one iteration."""
+    """Seconds by phase of one iteration, whose signs of life name the phase."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -61,7 +82,7 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a block; its results must be ready when it ends, or the next phase pays for them."""
         start = time.perf_counter()
-        with jax.profiler.TraceAnnotation(phase):
+        with jax.profiler.TraceAnnotation(phase), progress.doing(PHASES.get(phase, phase)):
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
@@ -97,12 +118,17 @@ def _trace(folder: str | os.PathLike) -> Iterator[None]:
             upload(pathlib.Path(written), folder)
 
 
-def means(prefix: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out."""
-    named = {f"{prefix}/{name}": scored(values) for name, values in scores.items()}
-    return {f"{n}/mean": float(v.mean()) for n, v in named.items()} | {
-        f"{n}/std": float(v.std()) for n, v in named.items()
-    }
+def means(prefix: str, scores: Mapping[str, np.ndarray], groups: int = 0) -> dict[str, float]:
+    """`PREFIX/NAME/mean` and `/std` of scores {name: [B]}; NaN is no score, and left out.
+
+    Where they are of so many `groups`, also `/within`, the mean of the groups' own standard deviations.
+    """
+    named = {f"{prefix}/{name}": np.asarray(values) for name, values in scores.items()}
+    result = {f"{name}/mean": float(scored(values).mean()) for name, values in named.items()}
+    result |= {f"{name}/std": float(scored(values).std()) for name, values in named.items()}
+    for name, values in named.items() if groups else ():
+        result[f"{name}/within"] = float(scored([scored(group).std() for group in values.reshape(groups, -1)]).mean())
+    return result
 
 
 def scored(values: Any) -> np.ndarray:
@@ -115,12 +141,14 @@ def scored(values: Any) -> np.ndarray:
 def throughput(
     timer: PhaseTimer, samples: int, flops: float, devices: int, overlapped: bool = False
 ) -> dict[str, float]:
-    """Pictures a second of an iteration, and where the chip's peak is known, the share of it that its FLOPs make.
+    """Pictures a second of an iteration, device-seconds of all its phases, and where the chip's peak is known, the
+    share of it that its FLOPs make.
 
     The utilisation is of the seconds of rollout and update; of all, where rollouts are `overlapped` with rewards.
     """
     work = {phase: timer.seconds.get(phase, 0.0) for phase in ("rollout", "decode", "reward", "update")}
     result = {"time/iteration": sum(work.values()), "time/images_per_second": samples / sum(work.values())}
+    result["time/device_seconds"] = devices * sum(timer.seconds.values())
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     if peak:
@@ -129,15 +157,54 @@ def throughput(
     return result
 
 
-def brief(line: Mapping) -> dict[str, str]:
-    """What a progress bar shows of a line."""
-    rewards = {
-        k.split("/")[1]: f"{v:.3f}" for k, v in line.items() if k.startswith(("reward/", "watched/")) and "mean" in k
-    }
-    seconds = {k.removeprefix("time/"): f"{line[k]:.1f}s" for k in ("time/rollout", "time/reward", "time/update")}
-    forms = {"ratio/clip_fraction": "clip {:.2f}", "ratio/drift": "drift {:.1e}", "window/start": "window {}"}
-    shown = dict(form.format(line[key]).split() for key, form in forms.items() if key in line)
-    return rewards | shown | {"nfe": f"{line['nfe/rollout']}+{line['nfe/update']}"} | seconds
+class Pace:
+    """The clock of a run of `total` iterations.
+
+    Attributes:
+      begun: of `time.monotonic`, less the seconds that earlier parts of the run took.
+    """
+
+    def __init__(self, total: int, begun: float):
+        self.total, self.begun = total, begun
+        self._first: tuple[int, float] | None = None  # the first iteration of this process, which compiles, and its end
+
+    def metrics(self, done: int) -> dict[str, float]:
+        """Seconds since the run began, `time/wall`, and from the second iteration here those left, `time/left`."""
+        now = time.monotonic()
+        result = {"time/wall": now - self.begun}
+        if self._first and done > self._first[0]:
+            first, ended = self._first
+            result["time/left"] = (now - ended) / (done - first) * (self.total - done)
+        elif done:
+            self._first = done, now
+        return result
+
+
+def brief(iteration: int, total: int, line: Mapping[str, Any]) -> str:
+    """What a person reads of an iteration, in a line: as many rewards as fit, what the updates did, and the clock.
+
+    Held-out scores, where there are some, are a second line.
+    """
+    forms = {"ratio/clip_fraction": "clip {:.2f}", "ratio/drift": "drift {:.0e}", "window/start": "window {}"}
+    end = [form.format(line[key]) for key, form in forms.items() if key in line] + [f"{line['time/iteration']:.1f} s"]
+    if "time/left" in line:
+        end.append(f"{datetime.timedelta(seconds=round(line['time/left']))} left")
+    head, tail = f"{iteration:>{len(str(total))}}/{total}  ", "  " + "  ".join(end)
+    lines = [head + _fitting(line, ("reward/", "watched/"), progress.COLUMNS - len(head + tail)) + tail]
+    if held_out := _fitting(line, ("held_out/",), progress.COLUMNS - len(head) - 10):
+        lines.append(f"{'':{len(head)}}held out: {held_out}")
+    return "\n".join(lines)
+
+
+def _fitting(line: Mapping[str, Any], prefixes: tuple[str, ...], columns: int) -> str:
+    """Means of scores, as many as fit; how many more there are."""
+    means = [(key, value) for key, value in line.items() if key.startswith(prefixes) and key.endswith("/mean")]
+    shown = [f"{key.split('/', 1)[1].removesuffix('/mean')} {value:.3f}" for key, value in means]
+    for count in range(len(shown), 0, -1):
+        text = "  ".join([*shown[:count], *[f"+{len(shown) - count}"] * (count < len(shown))])
+        if len(text) <= columns:
+            return text
+    return ""
 
 
 class MetricWriter:
@@ -148,6 +215,9 @@ class MetricWriter:
 
     On resume, lines of iterations that will be run again are dropped, all of a run that begins (`resume_at` None), and
     iterations without a line are said.
+
+    Attributes:
+      seconds: that the run had taken by its last line.
     """
 
     def __init__(
@@ -155,7 +225,11 @@ class MetricWriter:
         workdir: str | os.PathLike,
         resume_at: int | None = None,
         check: Callable[[], None] = lambda: None,
+        project: str = "",
+        config: Mapping[str, Any] | None = None,
     ):
+        """With a `project`, a run of Weights & Biases in it gets the lines, too, and the `config` of the run."""
+        self.seconds, self._boards = 0.0, list[boards.Board]()
         self.path = place(workdir) / "metrics.jsonl"
         self._writes, self._check = jax.process_index() == 0, check
         self._text, self._waits, self._written_at = "", False, 0.0  # of a file in a bucket
@@ -167,10 +241,16 @@ class MetricWriter:
             _warn(f"{self.path} has no line of iteration {', '.join(map(str, missing[:5]))} ({len(missing)} in all)")
         self._text = "".join(json.dumps(kept[iteration]) + "\n" for iteration in sorted(kept))
         self._rewrite()
-        self._board = _tensorboard(workdir)
+        self.seconds = kept[max(kept)].get("time/wall", 0.0) if kept else 0.0
+        self._boards = boards.found(workdir, project, config, resume_at is None)
 
-    def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """One line: the iteration (from 1), then the metrics; null for what is not finite."""
+    def write(
+        self, iteration: int, metrics: Mapping[str, Any], images: Mapping[str, np.ndarray] = types.MappingProxyType({})
+    ) -> None:
+        """One line: the iteration (from 1), then the metrics; null for what is not finite.
+
+        TensorBoard and Weights & Biases get its numbers and `images`, {name: [H, W, 3] uint8}.
+        """
         if not self._writes:
             return
         line = {"iteration": iteration} | {name: _plain(value) for name, value in metrics.items()}
@@ -182,8 +262,8 @@ class MetricWriter:
         else:
             with self.path.open("a") as file:
                 file.write(text)
-        if self._board:
-            self._board.write_scalars(iteration, {k: v for k, v in line.items() if isinstance(v, int | float)})
+        for board in self._boards:
+            board(iteration, {k: v for k, v in line.items() if isinstance(v, int | float)}, images)
 
     def flush(self) -> None:
         """Write what waits."""
@@ -223,12 +303,3 @@ def _plain(value: Any) -> int | float | str | None:
     if isinstance(value, int | str | None):
         return value
     return float(value) if np.isfinite(value) else None
-
-
-def _tensorboard(workdir):
-    """clu's writer, where the extra `tensorboard` is installed: its import needs TensorFlow."""
-    if not importlib.util.find_spec("tensorflow"):
-        return None
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(str(workdir))

@@ -1,6 +1,7 @@
 """The pictures of a run: a grid of samples before and after, and the curve of its rewards."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,38 +31,54 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 def grid(path: str | os.PathLike, pictures: Mapping[str, np.ndarray], prompts: Sequence[str], columns: int = 2) -> None:
-    """One row per prompt (`columns` of them side by side): the prompt, then its picture in each of `pictures`."""
-    plt, names, per = _pyplot(), list(pictures), len(pictures) + 1
-    rows = -(-len(prompts) // columns)
-    figure, axes = plt.subplots(rows, per * columns, figsize=(2.1 * per * columns, 0.62 * rows + 0.35), squeeze=False)
+    """One row per prompt (`columns` of them side by side): the prompt, then its picture in each of `pictures`.
+
+    A picture is shown 60 to 256 pixels high: a small one enlarged, a large one reduced.
+    """
+    plt, names, per, dpi = _pyplot(), list(pictures), len(pictures) + 1, 130
+    rows, (height, width) = -(-len(prompts) // columns), next(iter(pictures.values())).shape[1:3]
+    high, text, gap, title = min(max(height, 60), 256) / dpi, 2.1, 0.06, 0.3  # inches
+    wide = high * width / height
+    across, down = columns * (text + len(names) * wide + per * gap), rows * (high + gap) + title
+    figure, axes = plt.subplots(
+        *(rows, per * columns),
+        figsize=(across, down),
+        width_ratios=[text, *[wide] * len(names)] * columns,
+        gridspec_kw={"left": 0, "right": 1 - gap / across, "bottom": gap / down, "top": 1 - title / down}
+        | {"wspace": gap * per * columns / (across - per * columns * gap), "hspace": gap / high},
+        squeeze=False,
+    )
     for axis in axes.flat:
         axis.axis("off")
     for index, prompt in enumerate(prompts):
         line, left = index // columns, (index % columns) * per
-        axes[line, left].text(1.0, 0.5, prompt, ha="right", va="center", fontsize=7)
+        wrapped = textwrap.wrap(prompt, 38, max_lines=max(2, int(high * 7)), placeholder=" …")
+        axes[line, left].text(0.97, 0.5, "\n".join(wrapped), ha="right", va="center", fontsize=7)
         for offset, name in enumerate(names, 1):
-            axes[line, left + offset].imshow(pictures[name][index], interpolation="nearest", aspect="equal")
+            enlarged = "nearest" if height < high * dpi else "antialiased"
+            axes[line, left + offset].imshow(pictures[name][index], interpolation=enlarged, aspect="equal")
             if line == 0:
                 axes[line, left + offset].set_title(name, fontsize=9)
-    figure.tight_layout(pad=0.3)
     with replaced(path) as file:
-        figure.savefig(file, dpi=130)
+        figure.savefig(file, dpi=dpi)
     plt.close(figure)
 
 
 def curve(workdir: str | os.PathLike, name: str = "rewards.png") -> None:
-    """Mean rewards by iteration, from `workdir`/metrics.jsonl; held-out scores as points."""
+    """Mean rewards by iteration, from `workdir`/metrics.jsonl: a colour each, held-out scores as points."""
     plt, lines = _pyplot(), metrics.read(place(workdir) / "metrics.jsonl")
-    figure, axis = plt.subplots(figsize=(7, 3.6))
-    for prefix, style in (("reward/", "-"), ("watched/", "--"), ("held_out/", "o-")):
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    colours: dict[str, str] = {}
+    for prefix, style in (("reward/", "-"), ("watched/", "--"), ("held_out/", "o:")):
         series = sorted({k for line in lines for k in line if k.startswith(prefix) and k.endswith("/mean")})
         for key in series:
+            label = key.removesuffix("/mean")
+            colour = colours.setdefault(label.removeprefix(prefix), f"C{len(colours) % 10}")
             points = [(line["iteration"], line[key]) for line in lines if line.get(key) is not None]
-            axis.plot(*zip(*points), style, label=key.removesuffix("/mean"), markersize=4, linewidth=1.2)
+            axis.plot(*zip(*points), style, color=colour, label=label, markersize=4, linewidth=1.2)
     axis.set(xlabel="iteration", ylabel="mean score")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)  # beside the lines
     with replaced(place(workdir) / name) as file:
         figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -1,6 +1,7 @@
 """What tasks share whose pictures are rendered from their prompts: a TFDS builder, batches, a tokenizer."""
 
 import abc
+import contextlib
 import functools
 import os
 import sys
@@ -13,6 +14,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 import tokenizers
+from absl import logging
 from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "test")
@@ -42,6 +44,11 @@ class Rendered(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     @abc.abstractmethod
     def examples(self, split: str, count: int, seed: int) -> Iterable[dict]:
         """`count` examples of a split, each {PICTURES: uint8 [H, W, 3], and TEXTS}; a pure function."""
+
+    def _log_download_bytes(self) -> None:  # nothing is downloaded
+        pass
+
+    _log_download_done = _log_download_bytes
 
     def _info(self) -> tfds.core.DatasetInfo:
         # A zlib-coded tensor, because the Image feature decodes PNG by TensorFlow.
@@ -82,6 +89,18 @@ def load(
     return grain.MapDataset.source(_build(builder, data_dir, config).as_data_source(split))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's warnings of folders that hold no data set yet."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@_quiet()
 def _build(builder_type: type[Rendered], data_dir: Path, config: str | Sizes) -> Rendered:
     builder_in = functools.partial(builder_type, config=config, file_format="array_record")
     try:
@@ -98,6 +117,7 @@ def _build(builder_type: type[Rendered], data_dir: Path, config: str | Sizes) ->
         ) from None
     # Several processes may get here at once: each builds its own, and the first to finish puts it in place.
     with begun as scratch:
+        tfds.disable_progress_bar()  # a command tells by itself what it does
         fresh = builder_in(data_dir=scratch)
         fresh.download_and_prepare()
         target = Path(builder.data_dir)

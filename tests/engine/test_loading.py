@@ -81,7 +81,7 @@ def run(folder, rank=0, average=True, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "rank", "average"),
-    [(1, 0, True), (1, 2, True), (1, 0, False), (2, 2, True)],
+    [(1, 2, True), (1, 0, False), (2, 0, True)],
 )
 def test_a_run_of_an_earlier_version_goes_on_as_if_it_were_of_this(small_policy, tmp_path, version, rank, average):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -1,4 +1,7 @@
+import importlib.machinery
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from mixgrpo_jax.engine.cost import Cost
-from mixgrpo_jax.runtime import metrics, report
+from mixgrpo_jax.runtime import boards, metrics, report
 
 
 def test_lines_are_flat_numbers_and_survive_a_restart(tmp_path):
@@ -37,10 +40,13 @@ def test_means_and_throughput():
     with_none = {"a": np.array([np.nan, 1.0, np.nan, 3.0], np.float32), "b": np.full(2, np.nan)}
     expected |= {"reward/b/mean": np.nan, "reward/b/std": np.nan}
     assert metrics.means("reward", with_none) == pytest.approx(expected, nan_ok=True)
+    grouped = metrics.means("reward", {"a": np.array([1.0, 3.0, 5.0, np.nan, np.nan, np.nan])}, groups=3)
+    assert grouped["reward/a/within"] == pytest.approx(0.5) and grouped["reward/a/mean"] == 3  # of groups that have any
     timer = metrics.PhaseTimer()
     timer.seconds = {"rollout": 1.0, "reward": 2.0, "update": 1.0}
     result = metrics.throughput(timer, samples=8, flops=1.0, devices=1)
-    assert result == {"time/iteration": 4.0, "time/images_per_second": 2.0}  # no peak is known of a CPU
+    times = {"time/iteration": 4.0, "time/images_per_second": 2.0, "time/device_seconds": 4.0}
+    assert result == times  # no peak is known of a CPU
     assert timer.metrics() == {"time/rollout": 1.0, "time/reward": 2.0, "time/update": 1.0}
 
 
@@ -53,6 +59,7 @@ def test_utilisation_is_of_the_seconds_in_which_the_policy_is_at_work(monkeypatc
     assert result == {
         "time/iteration": 8.5,
         "time/images_per_second": 2.0,
+        "time/device_seconds": 117.0,  # the checkpoint's too
         "time/utilisation": pytest.approx(120.0 / busy / 200.0),
     }
 
@@ -63,6 +70,99 @@ def test_utilisation_is_of_the_seconds_in_which_the_policy_is_at_work(monkeypatc
 def test_a_gradient_costs_two_passes_more_and_with_adapters_one(adapters, recomputed, update):
     cost = Cost(rollout=100, update=32, gradient=10)
     assert cost.work(adapters, recomputed) == {"rollout": 100, "update": update}
+
+
+def test_the_clock_of_a_run_goes_on_and_what_is_left_is_told_by_what_is_done_here(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    pace = metrics.Pace(10, begun=1000.0 - 60.0)  # that earlier parts took
+    assert pace.metrics(0) == {"time/wall": 60.0}
+    now[0] += 10
+    assert pace.metrics(4) == {"time/wall": 70.0}  # iteration 4 compiled here, and says nothing of the others
+    now[0] += 5
+    assert pace.metrics(5) == {"time/wall": 75.0, "time/left": 25.0}
+    now[0] += 3
+    assert pace.metrics(6) == {"time/wall": 78.0, "time/left": 16.0}
+
+
+def test_a_line_of_meaning_fits_whatever_is_rewarded():
+    line = {
+        "reward/ocr/mean": 0.7512,
+        "reward/ocr/std": 0.2,
+        "watched/strict/mean": np.nan,
+        "ratio/clip_fraction": 0.02,
+    }
+    line |= {"ratio/drift": 0.00312, "window/start": 3, "time/iteration": 6.13, "time/left": 161.2}
+    assert metrics.brief(3, 36, line) == (
+        " 3/36  ocr 0.751  strict nan  clip 0.02  drift 3e-03  window 3  6.1 s  0:02:41 left"
+    )
+    assert metrics.brief(1, 3, {"reward/hps/mean": 21.5, "time/iteration": 100.0}) == "1/3  hps 21.500  100.0 s"
+    line |= {f"reward/{number}_of_several/mean": 0.5 for number in range(9)}
+    line |= {f"held_out/{number}_of_several/mean": 0.5 for number in range(9)}
+    first, second = metrics.brief(3, 36, line).splitlines()
+    assert first.startswith(" 3/36  ocr 0.751  strict nan  +9  clip") and len(first) <= 100
+    assert second.startswith("       held out: 0_of_several 0.500  ") and second.endswith("  +5") and len(second) <= 100
+
+
+class Wandb(types.ModuleType):
+    """Stands in for Weights & Biases: what it was asked."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.runs, self.lines = [], []
+
+    def init(self, **options):
+        self.runs.append(options)
+        return types.SimpleNamespace(log=lambda values, step: self.lines.append((step, values)))
+
+    Image = staticmethod(lambda image: ("image", image.shape))
+
+
+def test_one_call_writes_a_line_and_what_boards_show(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"wandb='signs'.*pip install -e '\.\[wandb\]'"):
+        boards.check("signs")
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    boards.check("signs")
+    images = {"held_out": np.zeros((4, 6, 3), np.uint8)}
+    writer = metrics.MetricWriter(tmp_path, project="signs", config={"seed": 7})
+    writer.write(0, {"a": np.float32(0.5), "time/wall": 12.5, "b": np.nan, "c": None}, images)
+    writer.write(1, {"a": 1})
+    assert metrics.read(writer.path)[0] == {"iteration": 0, "a": 0.5, "time/wall": 12.5, "b": None, "c": None}
+    scalars = {"iteration": 0, "a": 0.5, "time/wall": 12.5}
+    assert wandb.lines == [(0, scalars | {"held_out": ("image", (4, 6, 3))}), (1, {"iteration": 1, "a": 1})]
+    again = metrics.MetricWriter(tmp_path, 0, project="signs")
+    assert again.seconds == 12.5
+    first, second = wandb.runs
+    assert first["id"] == second["id"] and first["config"] == {"seed": 7} and first["resume"] == "allow"
+    metrics.MetricWriter(tmp_path, project="signs")  # another run in the same place
+    assert wandb.runs[2]["id"] != first["id"]
+    metrics.MetricWriter(tmp_path)
+    assert len(wandb.runs) == 3
+
+
+def test_tensorboard_gets_the_same(tmp_path, monkeypatch):
+    said = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def write_scalars(self, step, scalars):
+            said.append((step, dict(scalars)))
+
+        def write_images(self, step, images):
+            said.append((step, {name: image.shape for name, image in images.items()}))
+
+        def flush(self):
+            said.append("flush")
+
+    monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: name == "tensorflow" or None)
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "clu", types.SimpleNamespace(metric_writers=fake))
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(2, {"a": 0.5, "b": None}, {"held_out": np.zeros((4, 6, 3), np.uint8)})
+    assert said == [(2, {"iteration": 2, "a": 0.5}), (2, {"held_out": (4, 6, 3)}), "flush"]
 
 
 def test_pictures_are_tiled_on_white():

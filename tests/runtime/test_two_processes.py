@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from mixgrpo_jax.models.io import orbax_io
 from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.runtime.mesh import virtual_devices
 
 pytestmark = pytest.mark.slow
@@ -32,14 +35,37 @@ config.mesh.data, config.mesh.fsdp = 2, -1
 config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 4, 2, 1
 config.batch.decode = 1
 config.plan.num_steps, config.plan.length, config.plan.iterations_per_window = 3, 1, 1
-config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 6, 2
+config.evaluation.prompts, config.evaluation.batch, config.evaluation.num_steps = 6, 4, 2
 config.rewards, config.watched = dict(colour=1.0), ("ocr",)
 train.train(config, workdir)
 if config.model.lora.rank:
-    assert 0 < evaluate.evaluate(config, workdir)["colour"] < 1
+    scores = evaluate.evaluate(config, workdir, against="base", samples=2)
+    assert 0 < scores["colour"] < 1 and scores["diversity/latents"] > 0
     assert sample.sample(config, workdir, ["a red sign that says 1 in blue"] * 3).shape == (3, 16, 48, 3)
 """
 
+RESAVE = """
+import sys
+import jax
+from mixgrpo_jax import config as configs, train
+from mixgrpo_jax.engine.loading import host_state, mesh_of, restore_run
+from mixgrpo_jax.runtime import distributed
+from mixgrpo_jax.runtime.checkpoint import Checkpoints, finished
+
+distributed.initialize()
+workdir, target, folder = sys.argv[1:]
+config = configs.load("mixgrpo", "configs/any.py")
+config.model.folder, config.mesh.data, config.mesh.fsdp = folder, 1, -1
+settings = configs.resolve(config)
+mesh = mesh_of(settings)
+with jax.set_mesh(mesh):
+    parts, collector, held_out, state = train._set_up(settings, mesh)
+    found, planned = restore_run(Checkpoints(workdir), state, settings.planner.initial(), parts.table)
+    assert jax.tree.leaves(found.params)[0].sharding.num_devices == jax.device_count()
+    checkpoints = Checkpoints(target, every=1)
+    checkpoints.save(finished(planned.iteration, found, host_state(planned)), force=True)
+    checkpoints.close()
+"""
 
 SCORING = """
 import jax, numpy as np
@@ -78,13 +104,13 @@ def run(workdir, folder, processes, rank=0, off_policy=False):
     return lines(workdir), said
 
 
-def start(program, workdir, processes, *arguments):
-    """What each of so many processes of eight devices together says of a program; their logs are beside `workdir`."""
+def start(program, workdir, processes, *arguments, devices=8):
+    """What each of so many processes of some devices together says of a program; their logs are beside `workdir`."""
     command = [sys.executable, "-c", program, *arguments]
     started = []
     try:
         for index, told in enumerate(distributed.on_loopback(processes)):
-            env = os.environ | virtual_devices(8 // processes) | told
+            env = os.environ | virtual_devices(devices // processes) | told
             log = (pathlib.Path(workdir).parent / f"{pathlib.Path(workdir).name}-{index}.log").open("w")
             started.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log), log.name))
         for process, log in started:
@@ -134,31 +160,50 @@ def test_each_process_scores_its_rows_and_all_have_values_and_maps(tmp_path, pro
     assert [text.splitlines()[-1] for text in said] == [f"{16 // processes} scored here"] * processes
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_checkpoint_is_for_any_number_of_processes(straight, small_policy, tmp_path, first, then):
+def test_a_run_goes_on_by_another_number_of_processes(straight, small_policy, tmp_path):
     workdir = tmp_path / "resumed"
-    shutil.copytree(straight[0][first], workdir)
+    shutil.copytree(straight[0][2], workdir)
     shutil.rmtree(workdir / "checkpoints" / "3")
-    resumed, _ = run(workdir, small_policy, then)
-    assert_close(resumed, lines(straight[0][first]))
+    resumed, _ = run(workdir, small_policy, 1)
+    assert_close(resumed, lines(straight[0][2]))
+
+
+def test_a_state_is_the_same_bits_on_one_device_on_eight_on_two_processes_and_on_one_again(
+    straight, small_policy, tmp_path
+):
+    chain = [straight[0][2]]
+    for devices, processes in ((1, 1), (8, 1), (8, 2), (1, 1)):
+        chain.append(tmp_path / f"{len(chain)}")
+        start(RESAVE, chain[-1], processes, *map(str, (*chain[-2:], small_policy)), devices=devices)
+    first, *others = [arrays(workdir / "checkpoints" / "3" / "state") for workdir in chain]
+    assert len(first) > 100
+    for state in others:
+        assert state.keys() == first.keys()
+        assert all(array.tobytes() == first[path].tobytes() for path, array in state.items())
+    hosts = [Checkpoints(workdir).restore_host() for workdir in chain]
+    assert all(host == hosts[0] for host in hosts)
+
+
+def arrays(folder):
+    """Of a checkpoint, by path, wherever they were saved."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), orbax_io.stored(folder))
+    leaves = jax.tree_util.tree_leaves_with_path(orbax_io.restore(folder, shapes))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def test_two_processes_train_adapters_evaluate_and_sample(small_policy, tmp_path):
     log, _ = run(tmp_path / "lora", small_policy, 2, rank=2)
     assert [line["iteration"] for line in log] == [0, 1, 2, 3]
-    assert (tmp_path / "lora" / "held_out.png").is_file()
+    assert len((tmp_path / "lora" / "evaluation" / "scores.csv").read_text().splitlines()) == 1 + 6 * 2
     assert len(list((tmp_path / "lora" / "samples").glob("00?.png"))) == 3
 
 
-def test_off_policy_two_processes_train_as_one_and_go_on_where_they_stopped(small_policy, tmp_path):
-    logs = {
-        processes: run(tmp_path / str(processes), small_policy, processes, off_policy=True)[0] for processes in (1, 2)
-    }
-    assert [line["iteration"] for line in logs[2]] == [0, 1, 2, 3]
-    assert logs[2][-1]["ratio/max_deviation"] > logs[2][1]["ratio/max_deviation"]
-    assert_close(logs[2], logs[1])
-    shutil.rmtree(tmp_path / "2" / "checkpoints" / "3")
-    resumed, _ = run(tmp_path / "2", small_policy, 2, off_policy=True)
+def test_off_policy_two_processes_go_on_where_they_stopped(small_policy, tmp_path):
+    log, _ = run(tmp_path / "off", small_policy, 2, off_policy=True)
+    assert [line["iteration"] for line in log] == [0, 1, 2, 3]
+    assert log[-1]["ratio/max_deviation"] > log[1]["ratio/max_deviation"]
+    shutil.rmtree(tmp_path / "off" / "checkpoints" / "3")
+    resumed, _ = run(tmp_path / "off", small_policy, 2, off_policy=True)
     assert resumed[-1].pop("compilations") == 1  # its rollout was in the checkpoint, and only the update is left
-    assert logs[2][-1].pop("compilations") == 2
-    assert_close(resumed, logs[2])
+    assert log[-1].pop("compilations") == 2
+    assert resumed == log
