@@ -67,7 +67,7 @@ def warnings(workdir: pathlib.Path) -> list[dict]:
 
 
 def main(_):  # noqa: D103
-    for kind in [*BAD, *HONEST]:
+    for kind in _KINDS.value:
         for seed in map(int, _SEEDS.value):
             config, workdir = run_config(kind, seed), pathlib.Path(_WORKDIR.value, f"{kind}_{seed}")
             if len(metrics.read(workdir / "metrics.jsonl")) <= config.iterations:
@@ -78,5 +78,6 @@ def main(_):  # noqa: D103
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
+    _KINDS = flags.DEFINE_list("kinds", [*BAD, *HONEST], "Rewards that pay for what nobody wants, or tasks.")
     _SEEDS = flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds.")
     app.run(main)
