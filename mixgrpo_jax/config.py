@@ -391,6 +391,22 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Monitors:
+    """When a run is suspected of hacking its rewards, see `engine.monitors`.
+
+    limit: of a monitor's change since the run began, in standard deviations of what it measured of the first pictures;
+      beyond it the run warns. 0 warns of nothing.
+    stop: whether a warning stops the run, once the iteration is saved.
+    """
+
+    limit: float = _number(1.0, at_least=0)
+    stop: bool = False
+
+    def __post_init__(self):
+        _check_numbers(self, "monitors")
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """How a small policy is made from scratch.
 
@@ -547,6 +563,7 @@ def base() -> Section:
             ratio_tolerance=5e-5,
             rollout_tolerance=1e-2,
             evaluation=_fields(Evaluation, "evaluation"),
+            monitors=_fields(Monitors, "monitors"),
             checkpoint=_fields(Saves, "checkpoint"),
             profile=_fields(Profile, "profile"),
             wandb="",
@@ -594,6 +611,7 @@ class Settings:
     optimizer: Optimizer
     averages: Mapping[str, Average]
     evaluation: Evaluation
+    monitors: Monitors
     checkpoint: Saves
     profile: Profile
     pretrain: Pretrain
@@ -699,6 +717,7 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
         optimizer=_make(Optimizer, "optimizer", config.optimizer),
         averages=_averages(config),
         evaluation=_make(Evaluation, "evaluation", config.evaluation),
+        monitors=_make(Monitors, "monitors", config.monitors),
         checkpoint=_make(Saves, "checkpoint", config.checkpoint),
         profile=_make(Profile, "profile", config.profile),
         pretrain=_make(Pretrain, "pretrain", config.pretrain),

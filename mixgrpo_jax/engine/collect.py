@@ -113,7 +113,7 @@ class Collector:
         """
         share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
         score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
-        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self.asked(drawn))
         return of_groups(self.rewards, scores, self.group)
 
     def learn(
@@ -189,13 +189,13 @@ class Collector:
             "compilations": self.programs.compilations(),
         }
 
-    def _asked(self, drawn: Drawn) -> tuple[list, list]:
+    def asked(self, drawn: Drawn) -> tuple[list, list]:
         """Prompts and metadata by sample."""
         prompts, metadata = ([drawn.batch[key][group] for group in self.group] for key in ("prompt", "metadata"))
         return prompts, metadata
 
     def _reward_grad(self, drawn: Drawn) -> jax.Array:
-        return self._gradient(self.frozen, drawn.sampled.x0, *self._asked(drawn))[1]
+        return self._gradient(self.frozen, drawn.sampled.x0, *self.asked(drawn))[1]
 
     @functools.cached_property
     def _gradient(self) -> RewardGrad:
