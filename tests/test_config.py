@@ -458,7 +458,13 @@ def sections():
     """The dataclasses behind base()'s fields, and every method that may be chosen: (path, class, its fields)."""
     of = dict(model=configs.Model, data=configs.Data, mesh=configs.Mesh, batch=configs.BatchSizes, sampler=Sampler)
     of |= dict(advantage=Credit, optimizer=configs.Optimizer, evaluation=configs.Evaluation, checkpoint=configs.Saves)
-    of |= {"profile": configs.Profile, "pretrain": configs.Pretrain, "model.lora": LoraConfig, "averages.ema": Average}
+    of |= {
+        "monitors": configs.Monitors,
+        "profile": configs.Profile,
+        "pretrain": configs.Pretrain,
+        "model.lora": LoraConfig,
+        "averages.ema": Average,
+    }
     for section, table in configs.TABLES.items():
         of |= {f"{section}:{name}": configs.find(section, name) for name in table}
     return list(of.items())
