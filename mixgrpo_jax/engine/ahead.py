@@ -85,7 +85,7 @@ def _lesson(
     """What an update is given, as `collect.Collector.learn` has it."""
     count, needs, batch = settings.samples, settings.objective.needs, settings.batch
     gradient: Any = jax.ShapeDtypeStruct((1, *sampled.x0.shape), np.float32)
-    extra = {"reward_grad": gradient} if "reward_grad" in needs else {}
+    extra = {"reward_grad": gradient, "reward": np.zeros((1, count), np.float32)} if "reward_grad" in needs else {}
     if "map" in needs:
         extra["map"] = np.zeros((1, *sampled.x0.shape[:2]), np.float32)
     if settings.optimizer.mix != "none":
