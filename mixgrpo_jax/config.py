@@ -827,8 +827,8 @@ def _check_plan(settings: Settings) -> None:
             )
     if "ode_tail" in settings.objective.needs and not settings.planner.layout[-1].record:
         raise ConfigError(
-            f"objective.name={settings.config.objective.name!r}, plan.name={settings.config.plan.name!r}: the objective "
-            'needs recorded steps up to the clean sample; set config.plan = choose("plan", "tail")'
+            f"objective.name={settings.config.objective.name!r}, plan.name={settings.config.plan.name!r}: the "
+            'objective needs recorded steps up to the clean sample; set config.plan = choose("plan", "tail")'
         )
 
 

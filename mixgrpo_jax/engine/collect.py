@@ -153,11 +153,11 @@ class Collector:
 
     def _extra(self, drawn: Drawn, scores: Mapping[str, Score], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What else of the samples the objective and the optimiser ask for, [1, B, ...]."""
-        settings, extra = self.settings, {}
+        settings, extra = self.settings, dict[str, Any]()
         if "reward_grad" in settings.objective.needs:
             extra["reward_grad"] = self._reward_grad(drawn)[None]
             reward = sum(weight * scores[name].value for name, weight in settings.rewards.items() if weight)
-            extra["reward"] = np.float32(reward)[None]
+            extra["reward"] = np.asarray(reward, np.float32)[None]
         if "map" in settings.objective.needs:
             found = map_of(scores, shares(settings.rewards), settings.advantage)
             extra["map"] = np.nan_to_num(found, nan=0.0).astype(np.float32)[None]

@@ -1,4 +1,4 @@
-"""Deterministic trajectories that are recorded up to their end, for objectives that follow gradients back from there."""
+"""Deterministic trajectories whose last steps are recorded, for objectives that take gradients back from the end."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -52,8 +52,8 @@ def drawn_with(rows: Rows) -> Array:
 
 @dataclass(frozen=True)
 class DRaFT(Forward):
-    """DRaFT-K (arXiv 2309.17400): the gradient of -R(x0), through the last K steps of the sampler, which the plan "tail"
-    records. The loss of a place is
+    """DRaFT-K (arXiv 2309.17400): the gradient of -R(x0) through the last K steps of the sampler, which the plan
+    "tail" records. The loss of a place is
 
         L_i = -n <d_i g_i, v(x_i) - v of the rollout>,
 
