@@ -2,8 +2,7 @@
 
 import importlib.util
 import os
-import shutil
-import tempfile
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,13 @@ from mixgrpo_jax.tasks.signs.data import build_tokenizer
 
 jax.config.update("jax_threefry_partitionable", True)
 
-# Many tests run a whole command on the same small config: what one worker has compiled, the others read.
-if "MIXGRPO_JAX_TEST_CACHE" not in os.environ:
-    os.environ["MIXGRPO_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="mixgrpo_jax_")
-CACHE = os.environ["MIXGRPO_JAX_TEST_CACHE"]
-jax.config.update("jax_compilation_cache_dir", CACHE)
-
-
-def pytest_sessionfinish(session):
-    """The first process, which started the workers, cleans up."""
-    if not hasattr(session.config, "workerinput"):
-        shutil.rmtree(CACHE, ignore_errors=True)
+# Many tests run a whole command on the same small config: what one process has compiled, all others read, and later
+# test runs too.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+KEPT = {"jax_compilation_cache_dir": str(CACHE), "jax_persistent_cache_min_compile_time_secs": 0.1}
+for field, value in KEPT.items():
+    jax.config.update(field, value)
+    os.environ.setdefault(field.upper(), str(value))  # of processes that tests start
 
 
 # What models and files are compared with is in the extra `parity`; without it, the tests that need it are skipped.

@@ -188,7 +188,6 @@ RUN = """
 import sys
 import jax
 jax.config.update("jax_threefry_partitionable", True)
-jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 from mixgrpo_jax import train
 from mixgrpo_jax.runtime import files
 from tests.test_interrupted import rare
@@ -203,7 +202,7 @@ train.train(config, sys.argv[1])
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(bucket, small_policy, tmp_path):
     """Once as a save is under way, once behind it; what was uploaded then is whole."""
     workdir = f"{URL}/killed"
-    command = [sys.executable, "-c", RUN, workdir, str(small_policy), os.environ["MIXGRPO_JAX_TEST_CACHE"]]
+    command = [sys.executable, "-c", RUN, workdir, str(small_policy)]
 
     def run(until=None):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -5,6 +5,7 @@ own, once nothing was said for `SILENCE` seconds. Process 0 alone speaks. Nothin
 a command can speak before JAX is there.
 """
 
+import atexit
 import contextlib
 import os
 import pathlib
@@ -40,7 +41,8 @@ class _Screen:
         self.tasks: list[_Task] = []  # the last is inside the others
         self.compiling: _Task | None = None
         self.lock = threading.RLock()
-        self._said, self._shown, self._thread = time.monotonic(), False, False
+        self._said, self._shown = time.monotonic(), False
+        self._thread, self._ended = threading.Thread(target=self._tick, daemon=True), threading.Event()
 
     def write(self, text: str) -> None:
         if self.speaks:
@@ -66,16 +68,19 @@ class _Screen:
 
     def watch(self) -> None:
         """Give signs of life from now on."""
+        if self._thread.ident is None:
+            self._thread.start()
+            atexit.register(self._end)
 
-        def tick() -> None:
-            while True:
-                time.sleep(0.5)
-                with contextlib.suppress(OSError, ValueError):  # standard output is closed
-                    self.sign()
+    def _tick(self) -> None:
+        while not self._ended.wait(0.5):
+            with contextlib.suppress(OSError, ValueError):  # standard output is closed
+                self.sign()
 
-        if not self._thread:
-            self._thread = True
-            threading.Thread(target=tick, daemon=True).start()
+    def _end(self) -> None:
+        """End the thread before Python does: it could be holding the lock, and what waits for it would never end."""
+        self._ended.set()
+        self._thread.join()
 
     def erase(self) -> None:
         if self._shown:

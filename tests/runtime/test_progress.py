@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mixgrpo_jax.runtime import metrics, progress
+from tests.python import run_program
 
 
 class Terminal(io.StringIO):
@@ -86,3 +87,21 @@ def test_what_is_compiled_has_its_name(monkeypatch):
 
     jax.jit(twice_and_one)(np.float32(3))
     assert said == ["twice_and_one", None] and metrics.compilations("twice_and_one") == 1
+
+
+def test_a_program_ends_while_a_sign_of_life_is_given():
+    """Its loop was left by an error whose frames hold each other, so that Python closes it after its threads."""
+    run_program("""
+        import time
+        from mixgrpo_jax.runtime import progress
+        def sign():
+            with progress._screen.lock:
+                time.sleep(1.5)
+        progress._screen.sign = sign
+        iterations = progress.over(range(3), "iteration", 3)
+        next(iterations)
+        cycle = [iterations]
+        cycle.append(cycle)
+        del iterations, cycle
+        time.sleep(0.7)
+    """)
