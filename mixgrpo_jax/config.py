@@ -805,6 +805,11 @@ def _check_sizes(settings: Settings) -> None:
             f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
             "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
         )
+    if settings.optimizer.mix != "none" and "reward_grad" in settings.objective.needs:
+        raise ConfigError(
+            f"optimizer.mix={settings.optimizer.mix!r} with objective.name={settings.config.objective.name!r}: it is "
+            "given one gradient of all rewards; set optimizer.mix='none', and weigh them in `rewards`"
+        )
     _check_credit(settings)
     if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
         raise ConfigError(
@@ -853,6 +858,11 @@ def _check_plan(settings: Settings) -> None:
                 f"{names}: the objective needs recorded {kind} steps, and no others; "
                 f'set config.plan = choose("plan", "{plan}")'
             )
+    if "ode_tail" in settings.objective.needs and not settings.planner.layout[-1].record:
+        raise ConfigError(
+            f"objective.name={settings.config.objective.name!r}, plan.name={settings.config.plan.name!r}: the "
+            'objective needs recorded steps up to the clean sample; set config.plan = choose("plan", "tail")'
+        )
 
 
 def _check_tolerance(settings: Settings) -> None:

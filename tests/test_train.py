@@ -691,8 +691,10 @@ def test_an_objective_that_needs_the_rewards_gradient_gets_it(small_policy, reco
         assert line["gradient/size"] == pytest.approx(np.abs(gradient).sum((0, 2, 3)).mean(), rel=1e-4)
         assert line["gradient/size"] > 0
     config.rewards = dict(strict=1.0)
-    with pytest.raises(ValueError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
+    before = compilations("draw_samples", "update_policy")
+    with pytest.raises(configs.ConfigError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
         train.train(config, tmp_path / "without")
+    assert compilations("draw_samples", "update_policy") == before
 
 
 @pytest.mark.slow

@@ -13,4 +13,7 @@ OBJECTIVES = {
     "tmpo": "mixgrpo_jax.rl.objectives.tmpo:TMPO",
     "uni_tmpo": "mixgrpo_jax.rl.objectives.tmpo:UniTMPO",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
+    "draft": "mixgrpo_jax.rl.objectives.reward_gradient:DRaFT",
+    "leap_align": "mixgrpo_jax.rl.objectives.reward_gradient:LeapAlign",
+    "adjoint": "mixgrpo_jax.rl.objectives.adjoint:AdjointMatching",
 }
