@@ -789,6 +789,11 @@ def _check_credit(settings: Settings) -> None:
             f"advantage.spread='temporal' with objective.name={settings.config.objective.name!r}: it trains on clean "
             "samples, and no step of theirs; set advantage.spread='even'"
         )
+    if credit.spread == "nodes" and not settings.batch.shared_noise:
+        raise ConfigError(
+            "advantage.spread='nodes' with batch.shared_noise=False: samples that each have their own noise are below "
+            "no common node; set batch.shared_noise=True, or advantage.spread='even'"
+        )
     for reward, _, where in (route.partition(":") for route in credit.routes):
         _choice("advantage.routes", reward, settings.rewards)
         if credit.spread == "regions":
