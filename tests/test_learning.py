@@ -15,6 +15,7 @@ from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.tasks import load_task
+from tests.test_train import two_splits
 
 SEEDS = (1, 2, 3)
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
@@ -22,7 +23,7 @@ CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 RECIPES = dict(dpo=60, vgrpo=30, flow_dppo=30, op_grpo=30)
 if os.environ.get("MIXGRPO_JAX_LEARN") == "all":
     RECIPES |= dict(nft=60, grpo_guard=60, pcpo=60, awm=30, crd=30, rsm=30, tempflow=30, flash_grpo=30, tmpo=30)
-    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30)
+    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30, tmpo_tree=30, branch_grpo=30, branch_grpo_pruned=30, tree_rpo=30)
 
 
 def brightness(images, prompts, metadata):
@@ -53,7 +54,9 @@ def bright(folder, recipe, iterations):
     config.iterations = iterations
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 8, 2, 16
     config.plan.num_steps = 4
-    if "length" in config.plan:
+    if config.plan.name == "tree":
+        two_splits(config.plan)
+    elif "length" in config.plan:
         config.plan.length, config.plan.bound = min(config.plan.length, 2), None
     if "iterations_per_window" in config.plan:
         config.plan.iterations_per_window = 5

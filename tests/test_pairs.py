@@ -24,7 +24,7 @@ AXES = (tuple(OBJECTIVES), tuple(PLANS), tuple(SELECTIONS), (0, 2), (False, True
 def combined(folder, objective, plan, select, rank, stale):
     config = fast(folder, 2, RECIPES.get(objective, objective), one_step_off_policy=stale)
     same = config.plan.name == plan  # the recipe's own, as it is
-    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan == "window" else config.plan
+    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan in ("window", "tree") else config.plan
     config.batch.shared_noise = plan != "ode"
     config.select = configs.choose("select", select, **SELECTIONS[select])
     config.model.lora.rank = rank
