@@ -394,6 +394,7 @@ def test_a_choice_that_cannot_be_is_refused_by_name(make, message):
         ("temporal", (), "advantage.spread='temporal' with objective.name='nft': it trains on clean samples"),
         ("routes", ("ocrr:image",), "advantage.routes='ocrr' is unknown; choose from colour, ocr; did you mean ocr"),
         ("regions", ("ocr:above",), "advantage.routes='above' is unknown; choose from inside, outside"),
+        ("nodes", (), "advantage.spread='nodes' with batch.shared_noise=False: .*; set batch.shared_noise=True"),
     ],
 )
 def test_credit_that_nothing_can_give_is_refused(spread, routes, message):
