@@ -249,7 +249,7 @@ def test_a_trees_splits_move_as_data_and_cost_what_the_formula_says(fields):
     if not planner.jitter:
         assert seen[0] == [1, 3, 5] and all(starts == [*planner.late] for starts in seen[8:])
     else:
-        assert len({tuple(starts) for starts in seen}) > 10
+        assert len({tuple(starts) for starts in seen}) > 5
 
 
 def test_jitter_is_around_the_scheduled_places_and_vanishes_as_kappa_grows():

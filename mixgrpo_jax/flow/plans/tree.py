@@ -34,19 +34,19 @@ class Tree:
     """Every row becomes several before each of some steps, and stochastic steps then tell them apart.
 
     Attributes:
-      num_steps, shift, spacing: the schedule.
+      num_steps, shift, spacing: the schedule's steps, its shift towards noise and its spacing, see `shifted_sigmas`.
       splits: the steps before which rows branch, in order.
-      factors: how many each row becomes there; their product is the group's size. () shares the group's prime factors
-        out evenly, more of them late.
+      factors: how many rows each becomes at each split; their product is the group's size. () shares the group's prime
+        factors out evenly, the larger shares late.
       length: stochastic steps after each split. The others are deterministic.
-      late: where the splits are after `late_after` iterations; until then they move there at an even pace. () is where
-        they began.
-      late_after: iterations until then.
-      jitter: kappa of a Beta distribution over the schedule, from which each iteration draws each split, with its place
-        for the mean; the higher, the nearer. The last step stays deterministic. 0 draws nothing.
-      noise: of the stochastic steps after each split, in units of the sampler's eta; () is 1.
+      late: where the splits are after `late_after` iterations; until then they move there at an even pace. () leaves
+        them where they are.
+      late_after: iterations until the splits are at `late`.
+      jitter: kappa of the Beta distribution over the schedule from which each iteration draws each split; the mean is
+        the split's place, and the higher kappa, the nearer. The last step stays deterministic. 0 draws nothing.
+      noise: the scale of the noise after each split, in units of the sampler's eta; () is 1.
       train_fraction: share of the stochastic steps that are trained, rounded down, at least one.
-      train_choice: which ones: the "first", or a new "random" choice every iteration.
+      train_choice: which stochastic steps are trained: the "first", or a new "random" choice every iteration.
       solver_order: order of the solver after the last stochastic step, 1..3.
       group: samples of a prompt.
       seed: of what is drawn.
