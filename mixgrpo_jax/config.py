@@ -825,6 +825,12 @@ def _check_plan(settings: Settings) -> None:
                 f"{names}: the objective needs recorded {kind} steps, and no others; "
                 f'set config.plan = choose("plan", "{plan}")'
             )
+    scale, eta = max(getattr(settings.planner, "noise", ()), default=1.0), settings.sampler.eta
+    if settings.sampler.kernel == "cps" and scale * eta > 1:
+        raise ConfigError(
+            f"sampler.eta={eta} with sampler.kernel='cps' and noise scales up to {scale}: the kernel takes an eta up "
+            "to 1, which is all noise; lower it, or plan.noise"
+        )
 
 
 def _check_tolerance(settings: Settings) -> None:

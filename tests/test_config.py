@@ -404,6 +404,14 @@ def test_credit_that_nothing_can_give_is_refused(spread, routes, message):
         configs.resolve(config)
 
 
+@pytest.mark.parametrize(("noise", "eta"), [((0.5, 1.0, 1.5), 0.7), ((), 1.1)])
+def test_more_noise_than_a_kernel_has_is_refused(noise, eta):
+    config = configs.load("tmpo_tree", HERE)
+    config.plan.noise, config.sampler.eta = noise, eta
+    with pytest.raises(configs.ConfigError, match=rf"sampler.eta={eta} with sampler.kernel='cps'.*plan.noise"):
+        configs.resolve(config)
+
+
 @dataclass(frozen=True)
 class Toy(Objective):
     """An objective of one's own."""

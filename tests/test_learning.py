@@ -88,8 +88,8 @@ def setting(config):
         for _ in range(config.iterations):
             drawn = collector.take(state, planned)
             batch, *rest = collector.learn(drawn, collector.score(drawn)).given
-            by_group = np.asarray(batch.advantage[0, :, 0]).reshape(-1, config.batch.group)
-            factor = change(by_group, rng).reshape(1, -1, 1)
+            by_group = np.asarray(batch.advantage[..., 0]).reshape(-1, config.batch.group)  # and place
+            factor = change(by_group, rng).reshape(len(batch.advantage), -1, 1)
             batch = batch._replace(advantage=np.broadcast_to(factor, batch.advantage.shape))
             state, _ = programs.update(state, frozen["base"], batch, *rest)
             planned = settings.planner.advance(planned)
