@@ -816,7 +816,13 @@ def _check_roles(settings: Settings) -> None:
 
 
 def _check_plan(settings: Settings) -> None:
-    """Refuse a plan that does not record what the objective learns from."""
+    """Refuse a plan that does not record what the objective learns from, or whose noise the kernel has not."""
+    scale, eta = max(getattr(settings.planner, "noise", ()), default=1.0), settings.sampler.eta
+    if settings.sampler.kernel == "cps" and scale * eta > 1:
+        raise ConfigError(
+            f"sampler.eta={eta} with sampler.kernel='cps' and noise scales up to {scale}: the kernel takes an eta up "
+            "to 1, which is all noise; lower it, or plan.noise"
+        )
     recorded = [segment for segment in settings.planner.layout if segment.record]
     for need, sde, kind, plan in (("rows", True, "stochastic", "window"), ("ode_row", False, "deterministic", "ode")):
         if need in settings.objective.needs and {segment.sde for segment in recorded} != {sde}:
@@ -825,12 +831,6 @@ def _check_plan(settings: Settings) -> None:
                 f"{names}: the objective needs recorded {kind} steps, and no others; "
                 f'set config.plan = choose("plan", "{plan}")'
             )
-    scale, eta = max(getattr(settings.planner, "noise", ()), default=1.0), settings.sampler.eta
-    if settings.sampler.kernel == "cps" and scale * eta > 1:
-        raise ConfigError(
-            f"sampler.eta={eta} with sampler.kernel='cps' and noise scales up to {scale}: the kernel takes an eta up "
-            "to 1, which is all noise; lower it, or plan.noise"
-        )
 
 
 def _check_tolerance(settings: Settings) -> None:

@@ -64,16 +64,16 @@ def test_recipes_differ_from_their_task_in_the_method_only():
             assert task["averages"].items() <= recipe["averages"].items(), (name, on)
 
 
-# Of recipes of clean samples, of credit and of trees on FLUX.1-dev: the clip, and the places trained.
+# Of recipes of clean samples and of credit on FLUX.1-dev: the clip, and the places trained.
 PUBLISHED = dict(awm=(1.0, 4), vgrpo=(1e-2, 4), dgpo=(0.05, 4), dpo=(None, 3), apo=(None, 3), crd=(None, 3))
+PUBLISHED |= dict(branch_grpo=(1e-4, 3), branch_grpo_pruned=(1e-4, 2), tree_rpo=(1e-4, 3), tmpo_tree=(0.2, 3))
 PUBLISHED |= dict.fromkeys(("creflow", "marble", "omninft"), (None, 7))
 PUBLISHED |= dict.fromkeys(("gdpo", "dr_grpo", "slas", "poca", "otca", "vipo", "edit_grpo", "pec"), (1e-4, 4))
 PUBLISHED |= dict.fromkeys(("adagrpo", "reward_range"), (1e-4, 4))
-PUBLISHED |= dict(branch_grpo=(1e-4, 3), branch_grpo_pruned=(1e-4, 2), tree_rpo=(1e-4, 3), tmpo_tree=(0.2, 3))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_recipes_of_clean_samples_of_credit_and_of_trees_resolve_on_a_released_model(name):
+def test_recipes_of_clean_samples_and_of_credit_resolve_on_a_released_model(name):
     settings = configs.resolve(configs.load(name, HERE, "flux_dev"))
     clip = getattr(settings.objective, "clip_high", getattr(settings.objective, "clip", None))
     assert (clip, settings.planner.num_trained) == PUBLISHED[name]

@@ -23,7 +23,8 @@ CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 RECIPES = dict(dpo=60, vgrpo=30, flow_dppo=30, op_grpo=30)
 if os.environ.get("MIXGRPO_JAX_LEARN") == "all":
     RECIPES |= dict(nft=60, grpo_guard=60, pcpo=60, awm=30, crd=30, rsm=30, tempflow=30, flash_grpo=30, tmpo=30)
-    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30, tmpo_tree=30, branch_grpo=30, branch_grpo_pruned=30, tree_rpo=30)
+    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30)
+    RECIPES |= dict.fromkeys(("tmpo_tree", "branch_grpo", "branch_grpo_pruned", "tree_rpo"), 30)
 
 
 def brightness(images, prompts, metadata):
