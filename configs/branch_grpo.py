@@ -12,7 +12,7 @@ a depth count alike; a node is computed once for each leaf below it.
 
 Pruning: by depth in branch_grpo_pruned.py; by width, here to the best and worst leaves, with
 config.select = configs.choose("select", "extremes"). Nodes' rewards are those of all leaves, and nodes count by the
-leaves that are left. Published: HPSv2.1 of FLUX.1-dev 0.369 pruned by depth, 0.363 with MixGRPO's window, 0.359 MixGRPO.
+leaves that are left. Published: HPSv2.1 of FLUX.1-dev 0.369 pruned by depth, 0.363 with the window; MixGRPO 0.359.
 
 Hardware: 2 CPU cores. Expected result: not measured yet.
 """
