@@ -827,6 +827,11 @@ def _check_credit(settings: Settings) -> None:
             f"advantage.spread='temporal' with objective.name={settings.config.objective.name!r}: it trains on clean "
             "samples, and no step of theirs; set advantage.spread='even'"
         )
+    if credit.spread == "nodes" and not settings.batch.shared_noise:
+        raise ConfigError(
+            "advantage.spread='nodes' with batch.shared_noise=False: samples that each have their own noise are below "
+            "no common node; set batch.shared_noise=True, or advantage.spread='even'"
+        )
     for reward, _, where in (route.partition(":") for route in credit.routes):
         _choice("advantage.routes", reward, settings.rewards)
         if credit.spread == "regions":
@@ -849,7 +854,13 @@ def _check_roles(settings: Settings) -> None:
 
 
 def _check_plan(settings: Settings) -> None:
-    """Refuse a plan that does not record what the objective learns from."""
+    """Refuse a plan that does not record what the objective learns from, or whose noise the kernel has not."""
+    scale, eta = max(getattr(settings.planner, "noise", ()), default=1.0), settings.sampler.eta
+    if settings.sampler.kernel == "cps" and scale * eta > 1:
+        raise ConfigError(
+            f"sampler.eta={eta} with sampler.kernel='cps' and noise scales up to {scale}: the kernel takes an eta up "
+            "to 1, which is all noise; lower it, or plan.noise"
+        )
     recorded = [segment for segment in settings.planner.layout if segment.record]
     for need, sde, kind, plan in (("rows", True, "stochastic", "window"), ("ode_row", False, "deterministic", "ode")):
         if need in settings.objective.needs and {segment.sde for segment in recorded} != {sde}:

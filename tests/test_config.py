@@ -75,6 +75,7 @@ def test_recipes_differ_from_their_task_in_the_method_only():
 # Of recipes of clean samples, of credit and of rewards' gradients on FLUX.1-dev: the clip, and the places trained.
 GRADIENTS = dict(draft=1, refl=1, leap_align=2, adjoint=3, rsm_first_order=7)
 PUBLISHED = dict(awm=(1.0, 4), vgrpo=(1e-2, 4), dgpo=(0.05, 4), dpo=(None, 3), apo=(None, 3), crd=(None, 3))
+PUBLISHED |= dict(branch_grpo=(1e-4, 3), branch_grpo_pruned=(1e-4, 2), tree_rpo=(1e-4, 3), tmpo_tree=(0.2, 3))
 PUBLISHED |= dict.fromkeys(("creflow", "marble", "omninft"), (None, 7))
 PUBLISHED |= dict.fromkeys(("gdpo", "dr_grpo", "slas", "poca", "otca", "vipo", "edit_grpo", "pec"), (1e-4, 4))
 PUBLISHED |= dict.fromkeys(("adagrpo", "reward_range"), (1e-4, 4))
@@ -413,12 +414,21 @@ def test_a_choice_that_cannot_be_is_refused_by_name(make, message):
         ("temporal", (), "advantage.spread='temporal' with objective.name='nft': it trains on clean samples"),
         ("routes", ("ocrr:image",), "advantage.routes='ocrr' is unknown; choose from colour, ocr; did you mean ocr"),
         ("regions", ("ocr:above",), "advantage.routes='above' is unknown; choose from inside, outside"),
+        ("nodes", (), "advantage.spread='nodes' with batch.shared_noise=False: .*; set batch.shared_noise=True"),
     ],
 )
 def test_credit_that_nothing_can_give_is_refused(spread, routes, message):
     config = configs.load("nft", HERE)
     config.advantage.spread, config.advantage.routes = spread, routes
     with pytest.raises(configs.ConfigError, match=message):
+        configs.resolve(config)
+
+
+@pytest.mark.parametrize(("noise", "eta"), [((0.5, 1.0, 1.5), 0.7), ((), 1.1)])
+def test_more_noise_than_a_kernel_has_is_refused(noise, eta):
+    config = configs.load("tmpo_tree", HERE)
+    config.plan.noise, config.sampler.eta = noise, eta
+    with pytest.raises(configs.ConfigError, match=rf"sampler.eta={eta} with sampler.kernel='cps'.*plan.noise"):
         configs.resolve(config)
 
 

@@ -16,6 +16,7 @@ from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.on_device import OnDevice
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.tasks import load_task
+from tests.test_train import two_splits
 
 SEEDS = (1, 2, 3)
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
@@ -25,6 +26,7 @@ GRADIENTS = dict(draft=10, refl=10, leap_align=10, adjoint=10, rsm_first_order=1
 if os.environ.get("MIXGRPO_JAX_LEARN") == "all":
     RECIPES |= dict(nft=60, grpo_guard=60, pcpo=60, awm=30, crd=30, rsm=30, tempflow=30, flash_grpo=30, tmpo=30)
     RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30) | GRADIENTS
+    RECIPES |= dict.fromkeys(("tmpo_tree", "branch_grpo", "branch_grpo_pruned", "tree_rpo"), 30)
 
 
 def brightness(images, prompts, metadata):
@@ -57,8 +59,8 @@ def changed(batch, change, group, rng):
         sign = half if change is shuffled else change(np.ones_like(half), rng)
         gradient = batch.extra["reward_grad"] * sign[:, None, None].astype(np.float32)
         return batch._replace(extra=batch.extra | {"reward_grad": gradient})
-    by_group = np.asarray(batch.advantage[0, :, 0]).reshape(-1, group)
-    factor = change(by_group, rng).reshape(1, -1, 1)
+    by_group = np.asarray(batch.advantage[..., 0]).reshape(-1, group)  # and place
+    factor = change(by_group, rng).reshape(len(batch.advantage), -1, 1)
     return batch._replace(advantage=np.broadcast_to(factor, batch.advantage.shape))
 
 
@@ -71,7 +73,9 @@ def bright(folder, recipe, iterations):
     config.iterations = iterations
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 8, 2, 16
     config.plan.num_steps = 4
-    if "length" in config.plan:
+    if config.plan.name == "tree":
+        two_splits(config.plan)
+    elif "length" in config.plan:
         config.plan.length, config.plan.bound = min(config.plan.length, 2), None
     if "iterations_per_window" in config.plan:
         config.plan.iterations_per_window = 5

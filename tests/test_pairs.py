@@ -27,7 +27,7 @@ def combined(folder, objective, plan, select, rank, stale):
     if "reward_grad" in configs.find("objective", objective).needs:
         config.rewards, config.reward_options = dict(colour=1.0), {}
     same = config.plan.name == plan  # the recipe's own, as it is
-    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan == "window" else config.plan
+    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan in ("window", "tree") else config.plan
     config.batch.shared_noise = plan not in ("ode", "tail")
     config.select = configs.choose("select", select, **SELECTIONS[select])
     config.model.lora.rank = rank

@@ -137,7 +137,7 @@ class Collector:
         everything = np.zeros(settings.samples, np.float32)
         everything[index] = weight * ~np.isnan(advantage)[index]
         needs, parts = settings.objective.needs, settings.advantage.of_rewards(values, self.group, settings.rewards)
-        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens)
+        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens, settings.planner.layout)
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,
             rows=sampled.rows if needs & {"rows", "ode_row"} else (),

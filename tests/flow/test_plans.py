@@ -231,6 +231,51 @@ def test_a_tree_trains_every_stochastic_step():
     assert [s.steps for s in planner.layout if s.sde] == [2, 2] and sum(s.steps for s in planner.layout) == 12
 
 
+MOVING = dict(num_steps=10, splits=(1, 3, 5), late=(1, 5, 8), late_after=8, group=27)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(jitter=6.0), dict(late=(0, 3, 6), length=2, jitter=6.0)])
+def test_a_trees_splits_move_as_data_and_cost_what_the_formula_says(fields):
+    planner, shapes, seen = Tree(**(MOVING | fields)), set(), []
+    for state in states(planner, 20):
+        plan, starts = planner.plan(state, 2), planner.starts(state)
+        shapes.add(tuple((field.shape, field.dtype.name) for field in arrays(plan)))
+        np.testing.assert_array_equal(grid(plan, 1), schedules.shifted_sigmas(10, 3.0))
+        steps = [start + step for start in starts for step in range(planner.length)]
+        assert plan.step[:, 0].tolist() == steps and steps[-1] < 10 - (planner.jitter > 0)
+        assert all(b - a >= planner.length for a, b in itertools.pairwise(starts))
+        rows = np.searchsorted(starts, np.arange(10), side="right")  # 3^k a prompt after k splits
+        assert plans.evaluations(planner.layout, plan, 2, 54) == 2 * (3**rows).sum()
+        seen.append(starts)
+    assert len(shapes) == 1 and planner.starts(states(planner, 20)[7]) == seen[7]
+    if not planner.jitter:
+        assert seen[0] == [1, 3, 5] and all(starts == [*planner.late] for starts in seen[8:])
+    else:
+        assert len({tuple(starts) for starts in seen}) > 5
+
+
+def test_jitter_is_around_the_scheduled_places_and_vanishes_as_kappa_grows():
+    means = []
+    for kappa in (6.0, 1e6):
+        planner = Tree(**(MOVING | dict(late=(), jitter=kappa)))
+        means.append(np.mean([planner.starts(state) for state in states(planner, 400)], axis=0))
+    np.testing.assert_allclose(means[0], [1, 3, 5], atol=0.8)  # in order, which parts them
+    np.testing.assert_array_equal(means[1], [1, 3, 5])
+
+
+def test_a_trees_noise_is_by_depth_and_depths_are_pruned_by_fraction():
+    planner = Tree(num_steps=12, splits=(0, 3, 6), noise=(4.0, 2.0, 0.5), train_fraction=0.67, train_choice="random")
+    assert planner.num_trained == 2 and planner.branches == (2, 2, 3)
+    chosen = set()
+    for state in states(planner, 20):
+        plan = planner.plan(state, 2)
+        assert [s.eta[0, 1] for s, part in zip(plan.segments, planner.layout) if part.sde] == [4.0, 2.0, 0.5]
+        assert not any(s.eta.any() for s, part in zip(plan.segments, planner.layout) if not part.sde)
+        np.testing.assert_array_equal(plan.step, 3 * plan.train)
+        chosen.add(tuple(plan.train[:, 0]))
+    assert chosen == {(0, 1), (0, 2), (1, 2)}
+
+
 def test_an_ode_is_trained_at_the_schedules_noise_levels():
     planner = ODE(num_steps=10)
     plan = first_plan(planner, 2)
@@ -405,6 +450,14 @@ def test_bad_fields_are_named(field, value):
         (Tree, "splits", (-1, 5)),
         (Tree, "factors", (12,)),
         (Tree, "factors", (3, 5)),
+        (Tree, "late", (3,)),
+        (Tree, "late", (5, 5)),
+        (Tree, "late_after", 0),
+        (Tree, "jitter", -1.0),
+        (Tree, "noise", (1.0,)),
+        (Tree, "noise", (1.0, 0.0)),
+        (Tree, "train_fraction", 0.0),
+        (Tree, "train_choice", "last"),
         (ODE, "num_steps", 1),
         (ODE, "shift", -1.0),
         (ODE, "solver_order", 4),
