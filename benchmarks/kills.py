@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from mixgrpo_jax.models.io import orbax_io
 from mixgrpo_jax.runtime import distributed, metrics
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 
@@ -113,10 +114,11 @@ def kill(processes: list[subprocess.Popen], workdir: pathlib.Path, number: int, 
 def result(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray], dict, list[dict]]:
     """The newest checkpoint's iteration, arrays by path and host state, and the lines of metrics.jsonl, times aside."""
     checkpoints = Checkpoints(workdir)
-    tree = checkpoints._manager.restore(checkpoints.latest)["state"]
     host, iteration = checkpoints.restore_host(), checkpoints.latest
     checkpoints.close()
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    folder = workdir / "checkpoints" / str(iteration) / "state"  # by whatever processes it was saved
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), orbax_io.stored(folder))
+    leaves = jax.tree_util.tree_leaves_with_path(orbax_io.restore(folder, shapes))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
     return iteration, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, host, lines

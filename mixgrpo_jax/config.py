@@ -391,6 +391,22 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Monitors:
+    """When a run is suspected of hacking its rewards, see `engine.monitors`.
+
+    limit: of a monitor's change since the run began, in standard deviations of what it measured of the first pictures;
+      beyond it the run warns. 0 warns of nothing.
+    stop: whether a warning stops the run, once the iteration is saved.
+    """
+
+    limit: float = _number(1.0, at_least=0)
+    stop: bool = False
+
+    def __post_init__(self):
+        _check_numbers(self, "monitors")
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """How a small policy is made from scratch.
 
@@ -547,6 +563,7 @@ def base() -> Section:
             ratio_tolerance=5e-5,
             rollout_tolerance=1e-2,
             evaluation=_fields(Evaluation, "evaluation"),
+            monitors=_fields(Monitors, "monitors"),
             checkpoint=_fields(Saves, "checkpoint"),
             profile=_fields(Profile, "profile"),
             wandb="",
@@ -594,6 +611,7 @@ class Settings:
     optimizer: Optimizer
     averages: Mapping[str, Average]
     evaluation: Evaluation
+    monitors: Monitors
     checkpoint: Saves
     profile: Profile
     pretrain: Pretrain
@@ -699,6 +717,7 @@ def _resolve(config: ml_collections.ConfigDict) -> Settings:
         optimizer=_make(Optimizer, "optimizer", config.optimizer),
         averages=_averages(config),
         evaluation=_make(Evaluation, "evaluation", config.evaluation),
+        monitors=_make(Monitors, "monitors", config.monitors),
         checkpoint=_make(Saves, "checkpoint", config.checkpoint),
         profile=_make(Profile, "profile", config.profile),
         pretrain=_make(Pretrain, "pretrain", config.pretrain),
@@ -786,6 +805,11 @@ def _check_sizes(settings: Settings) -> None:
             f"advantage.spread={settings.advantage.spread!r} with optimizer.mix={settings.optimizer.mix!r}: each "
             "reward has its gradient, of whole samples; set advantage.spread='even', or optimizer.mix='none'"
         )
+    if settings.optimizer.mix != "none" and "reward_grad" in settings.objective.needs:
+        raise ConfigError(
+            f"optimizer.mix={settings.optimizer.mix!r} with objective.name={settings.config.objective.name!r}: it is "
+            "given one gradient of all rewards; set optimizer.mix='none', and weigh them in `rewards`"
+        )
     _check_credit(settings)
     if isinstance(settings.select, Replay) and "replay" not in settings.objective.needs:
         raise ConfigError(
@@ -802,6 +826,11 @@ def _check_credit(settings: Settings) -> None:
         raise ConfigError(
             f"advantage.spread='temporal' with objective.name={settings.config.objective.name!r}: it trains on clean "
             "samples, and no step of theirs; set advantage.spread='even'"
+        )
+    if credit.spread == "nodes" and not settings.batch.shared_noise:
+        raise ConfigError(
+            "advantage.spread='nodes' with batch.shared_noise=False: samples that each have their own noise are below "
+            "no common node; set batch.shared_noise=True, or advantage.spread='even'"
         )
     for reward, _, where in (route.partition(":") for route in credit.routes):
         _choice("advantage.routes", reward, settings.rewards)
@@ -825,7 +854,13 @@ def _check_roles(settings: Settings) -> None:
 
 
 def _check_plan(settings: Settings) -> None:
-    """Refuse a plan that does not record what the objective learns from."""
+    """Refuse a plan that does not record what the objective learns from, or whose noise the kernel has not."""
+    scale, eta = max(getattr(settings.planner, "noise", ()), default=1.0), settings.sampler.eta
+    if settings.sampler.kernel == "cps" and scale * eta > 1:
+        raise ConfigError(
+            f"sampler.eta={eta} with sampler.kernel='cps' and noise scales up to {scale}: the kernel takes an eta up "
+            "to 1, which is all noise; lower it, or plan.noise"
+        )
     recorded = [segment for segment in settings.planner.layout if segment.record]
     for need, sde, kind, plan in (("rows", True, "stochastic", "window"), ("ode_row", False, "deterministic", "ode")):
         if need in settings.objective.needs and {segment.sde for segment in recorded} != {sde}:
@@ -834,6 +869,11 @@ def _check_plan(settings: Settings) -> None:
                 f"{names}: the objective needs recorded {kind} steps, and no others; "
                 f'set config.plan = choose("plan", "{plan}")'
             )
+    if "ode_tail" in settings.objective.needs and not settings.planner.layout[-1].record:
+        raise ConfigError(
+            f"objective.name={settings.config.objective.name!r}, plan.name={settings.config.plan.name!r}: the "
+            'objective needs recorded steps up to the clean sample; set config.plan = choose("plan", "tail")'
+        )
 
 
 def _check_tolerance(settings: Settings) -> None:

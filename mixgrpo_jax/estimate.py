@@ -135,7 +135,7 @@ def estimate(settings: Settings, parts: Parts, topology: str) -> dict[str, Any]:
             result["notes"].append(remedy(phase, settings, mesh, sum(resident.values()) / chip.hbm))
         if compiled is None:
             continue
-        times = 1 if phase in ("features", "rollout", "update") else chunks
+        times = 1 if phase in ("features", "rollout", "reward_grad", "update") else chunks
         text, gates = compiled.as_text(), shares if phase == "rollout" else ()
         cost = hlo.cost(text, gates, attention.kernel_flops) * times
         flops = {"compiled": cost.flops * mesh.size, **expected.get(phase, {})}
@@ -181,6 +181,8 @@ def notes(settings: Settings, mesh: Any, phases: Collection[str]) -> list[str]:
             f"{1 - batch.prompts / computed:.0%} of what devices compute there, others compute too"
         )
     rewards = dict.fromkeys([*settings.config.rewards, *settings.config.watched])
+    if "reward_grad" in settings.objective.needs and "reward_grad" not in phases:
+        found.append("not counted: the gradient of the rewards, some of which are formulas")
     if rest := [name for name in rewards if name not in phases]:
         found.append(f"not counted: rewards {', '.join(rest)}")
     if settings.config.model.attention == "xla":

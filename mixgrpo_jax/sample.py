@@ -3,9 +3,14 @@
     python -m mixgrpo_jax.sample --workdir=runs/quickstart \\
         --prompt="a blue sign that says 4270 in white" --prompt="a pink sign that says 8 in black"
 
+    python -m mixgrpo_jax.sample --workdir=runs/quickstart --iteration=26 --id=13
+
 Uses the newest checkpoint in workdir (with --base the model's folder), the config of its run (or --config), and the
 sampler of its `evaluation` section, whose fields are flags. Writes workdir/samples/NNN.png, and page.png with all of
 them in the prompts' order.
+
+With --iteration and --id it draws a sample of training again, as workdir/samples/ITERATION_ID.png, where a checkpoint
+of the parameters that drew it is kept. Its scores are in workdir/drawn/ITERATION.csv.
 """
 
 from mixgrpo_jax.runtime import progress
@@ -25,6 +30,7 @@ from absl import flags, logging
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine.drawn import redraw
 from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import make_draw
 from mixgrpo_jax.engine.loading import load_policy, mesh_of, restore_trained
@@ -85,6 +91,17 @@ def _draw(
     return np.concatenate(drawn)[: len(prompts)]
 
 
+def again(config: Any, workdir: str | os.PathLike, iteration: int, number: int) -> np.ndarray:
+    """Draw a sample of training again, write it, and return it [H, W, 3] uint8; see `redraw`."""
+    image, prompt = redraw(configs.resolve(config), workdir, iteration, number)
+    if distributed.is_first():
+        file = place(workdir) / "samples" / f"{iteration}_{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        report.save_png(file, image)
+        print(f"{file}: {prompt}")
+    return image
+
+
 def write(folder: Path, images: np.ndarray) -> None:
     """The pictures [N, H, W, 3] one by one, and on one page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,12 +114,19 @@ def write(folder: Path, images: np.ndarray) -> None:
 @distributed.joined()
 def main(_):  # noqa: D103
     logging.set_verbosity(logging.WARNING)
-    sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value, base=_BASE.value)
+    if _ITERATION.value is None and _ID.value is None:
+        sample(_CONFIG.value, _WORKDIR.value, _PROMPT.value, base=_BASE.value)
+    elif _ITERATION.value is None or _ID.value is None or _PROMPT.value or _BASE.value:
+        raise configs.ConfigError("iteration and id: give both, and neither prompt nor base, to draw a sample again")
+    else:
+        again(_CONFIG.value, _WORKDIR.value, _ITERATION.value, _ID.value)
 
 
 if __name__ == "__main__":
     _CONFIG = app.config_flag(listed)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.", required=True)
+    _PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; may be repeated.")
+    _ITERATION = flags.DEFINE_integer("iteration", None, "Draw a sample of this iteration of training again.")
+    _ID = flags.DEFINE_integer("id", None, "Which of the iteration's samples.")
     _BASE = flags.DEFINE_bool("base", False, "Take the model's folder, as it was before training.")
     app.run(main, with_own_config(sys.argv))

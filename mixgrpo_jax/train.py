@@ -4,6 +4,7 @@
 
 Any field of the config is a flag: `--config.optimizer.learning_rate=1e-4`; a method is chosen by its recipe. A run that
 was stopped goes on where its last checkpoint is. In workdir: config.json, metrics.jsonl (a line an iteration),
+drawn/ (a table of samples an iteration), warnings.jsonl where monitors have warned, with pictures in warnings/,
 checkpoints/, held_out/ (scores and pictures of each evaluation), before_after.png, rewards.png, and report.html, which
 shows it all and is written anew at every evaluation; with profile.start a trace of some iterations, profile/. The
 workdir may be in a bucket, gs://bucket/runs/flux, and so may data.folder. Beside it is jax_cache/, the compiled
@@ -33,12 +34,14 @@ from absl import flags, logging
 
 from mixgrpo_jax import config as configs
 from mixgrpo_jax.config import Settings
+from mixgrpo_jax.engine import drawn as tables
 from mixgrpo_jax.engine import workdir as workdirs
 from mixgrpo_jax.engine.collect import Collector, Drawn, Lesson
 from mixgrpo_jax.engine.cost import Cost
 from mixgrpo_jax.engine.fields import listed
 from mixgrpo_jax.engine.held_out import Assessment, HeldOut, table
 from mixgrpo_jax.engine.loading import host_state, load_policy, load_rewards, mesh_of, restore_run
+from mixgrpo_jax.engine.monitors import Watch
 from mixgrpo_jax.engine.programs import fit, idle, learning_rate, make_programs, rollout_fsdp
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.models.families import Parts
@@ -101,6 +104,7 @@ def _train(
     state, planned, upcoming, before = _begin(state, parts, collector, held_out, workdir, checkpoints)
     resume_at, after = None if fresh else planned.iteration, None
     writer = metrics.MetricWriter(workdir, resume_at, check_lock, settings.config.wandb, settings.config.to_dict())
+    watch = Watch(collector, workdir, None if fresh else checkpoints.restore_host().get("monitors"))
     pace = metrics.Pace(total, begun - writer.seconds)
     checkpoints.before += [check_lock, writer.flush]
     if fresh and before:
@@ -132,6 +136,7 @@ def _train(
                 scores = collector.score(drawn, waiting=functools.partial(_keep, checkpoints, notice, last))
                 lesson = collector.learn(drawn, scores, kept)
                 kept = lesson.kept
+                monitored = watch.look(done, drawn, scores)
             notice.agree()
 
             with notice.held():  # the update takes the last state's buffers over
@@ -145,21 +150,25 @@ def _train(
                 check_finite(learned, done)
                 check_norms(norms, learned["grad_norm"], settings.config.optimizer.max_grad_ratio, done)
                 check_on_policy(settings, learned, drawn.plan, on_policy)
-                line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned)
+                line = describe(settings, drawn, scores, lesson, learned) | collector.counts(drawn, learned) | monitored
                 line, pictures = line | {"optimizer/learning_rate": learning_rate(settings, done)}, {}
                 after = None
                 if done == total or (settings.evaluation.every and done % settings.evaluation.every == 0):
                     with timer("evaluation"):
                         after = held_out.assess(chosen_average(settings, state), collector.frozen)
                         excerpt = held_out.keep(workdir, done, after)
+                        line |= watch.compare(done, before, after)
                     line, pictures = line | metrics.means("held_out", after.scores), first_pictures(excerpt)
-                last = finished(done, state, host_state(planned), upcoming.sampled if upcoming else kept, line)
+                host = host_state(planned) | {"monitors": watch.state}
+                last = finished(done, state, host, upcoming.sampled if upcoming else kept, line)
                 line |= timer.metrics() | throughput(settings, line, timer, collector.policy, mesh) | pace.metrics(done)
+                tables.write(workdir, done, collector.asked(drawn)[0], scores, lesson.advantage)
                 writer.write(done, line, pictures)  # before the save: a run that goes on has the line
                 progress.say(metrics.brief(done, total, line))
                 timer = metrics.PhaseTimer()  # a save's seconds are in the next line
                 with timer("checkpoint"):
-                    checkpoints.save(last, force=done == total)
+                    checkpoints.save(last, force=done == total or watch.stops)
+                watch.check()
             notice.agree()
             if after and done < total:
                 with timer("report"):

@@ -65,16 +65,21 @@ def test_recipes_differ_from_their_task_in_the_method_only():
             keeps = recipe["averages"].keys() - task["averages"].keys()  # more averages, and the task's as they were
             rewards = {"rewards", "watched", "reward_options"} if changed & {"watched", "rewards"} else set()
             assert changed <= method | rewards | ({"averages"} if keeps else set()), (name, on)
-            assert all(task[section].items() <= recipe[section].items() for section in ("rewards", "reward_options"))
-            assert set(task["watched"]) <= set(recipe["watched"]), (name, on)
+            gone = {"ocr"} & task["rewards"].keys() if name in GRADIENTS else set()  # what has no gradient is watched
+            assert {k: v for k, v in task["rewards"].items() if k not in gone}.items() <= recipe["rewards"].items()
+            assert task["reward_options"].items() <= recipe["reward_options"].items()
+            assert {*task["watched"], *gone} <= set(recipe["watched"]), (name, on)
             assert task["averages"].items() <= recipe["averages"].items(), (name, on)
 
 
-# Of recipes of clean samples and of credit on FLUX.1-dev: the clip, and the places trained.
+# Of recipes of clean samples, of credit and of rewards' gradients on FLUX.1-dev: the clip, and the places trained.
+GRADIENTS = dict(draft=1, refl=1, leap_align=2, adjoint=3, rsm_first_order=7)
 PUBLISHED = dict(awm=(1.0, 4), vgrpo=(1e-2, 4), dgpo=(0.05, 4), dpo=(None, 3), apo=(None, 3), crd=(None, 3))
+PUBLISHED |= dict(branch_grpo=(1e-4, 3), branch_grpo_pruned=(1e-4, 2), tree_rpo=(1e-4, 3), tmpo_tree=(0.2, 3))
 PUBLISHED |= dict.fromkeys(("creflow", "marble", "omninft"), (None, 7))
 PUBLISHED |= dict.fromkeys(("gdpo", "dr_grpo", "slas", "poca", "otca", "vipo", "edit_grpo", "pec"), (1e-4, 4))
 PUBLISHED |= dict.fromkeys(("adagrpo", "reward_range"), (1e-4, 4))
+PUBLISHED |= {name: (None, places) for name, places in GRADIENTS.items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -272,6 +277,9 @@ def test_a_method_is_not_changed_by_its_name_alone(section, other):
         ("signs", "objective", "nft", "recorded deterministic steps.*plan.*ode"),
         ("nft", "objective", "grpo", "recorded stochastic steps.*plan.*window"),
         ("nft", "plan", "window", "recorded deterministic steps.*plan.*ode"),
+        ("draft", "plan", "ode", "recorded steps up to the clean sample.*plan.*tail"),
+        ("draft", "plan", "window", "recorded deterministic steps.*plan.*"),
+        ("draft", "objective", "grpo", "recorded stochastic steps.*plan.*window"),
     ],
 )
 def test_a_plan_that_records_other_steps_than_the_objective_needs_is_refused(recipe, section, name, message):
@@ -279,6 +287,13 @@ def test_a_plan_that_records_other_steps_than_the_objective_needs_is_refused(rec
     config.averages.old, config.batch.shared_noise = configs.average("old"), False
     config[section] = configs.choose(section, name)
     with pytest.raises(configs.ConfigError, match=rf"objective.name='\w+', plan.name='\w+': .*{message}"):
+        configs.resolve(config)
+
+
+def test_gradients_of_rewards_are_not_mixed():
+    config = configs.load("draft", HERE)
+    config.optimizer.mix = "min_norm"
+    with pytest.raises(configs.ConfigError, match=r"optimizer.mix='min_norm' with objective.name='draft'.*mix='none'"):
         configs.resolve(config)
 
 
@@ -399,12 +414,21 @@ def test_a_choice_that_cannot_be_is_refused_by_name(make, message):
         ("temporal", (), "advantage.spread='temporal' with objective.name='nft': it trains on clean samples"),
         ("routes", ("ocrr:image",), "advantage.routes='ocrr' is unknown; choose from colour, ocr; did you mean ocr"),
         ("regions", ("ocr:above",), "advantage.routes='above' is unknown; choose from inside, outside"),
+        ("nodes", (), "advantage.spread='nodes' with batch.shared_noise=False: .*; set batch.shared_noise=True"),
     ],
 )
 def test_credit_that_nothing_can_give_is_refused(spread, routes, message):
     config = configs.load("nft", HERE)
     config.advantage.spread, config.advantage.routes = spread, routes
     with pytest.raises(configs.ConfigError, match=message):
+        configs.resolve(config)
+
+
+@pytest.mark.parametrize(("noise", "eta"), [((0.5, 1.0, 1.5), 0.7), ((), 1.1)])
+def test_more_noise_than_a_kernel_has_is_refused(noise, eta):
+    config = configs.load("tmpo_tree", HERE)
+    config.plan.noise, config.sampler.eta = noise, eta
+    with pytest.raises(configs.ConfigError, match=rf"sampler.eta={eta} with sampler.kernel='cps'.*plan.noise"):
         configs.resolve(config)
 
 
@@ -458,7 +482,13 @@ def sections():
     """The dataclasses behind base()'s fields, and every method that may be chosen: (path, class, its fields)."""
     of = dict(model=configs.Model, data=configs.Data, mesh=configs.Mesh, batch=configs.BatchSizes, sampler=Sampler)
     of |= dict(advantage=Credit, optimizer=configs.Optimizer, evaluation=configs.Evaluation, checkpoint=configs.Saves)
-    of |= {"profile": configs.Profile, "pretrain": configs.Pretrain, "model.lora": LoraConfig, "averages.ema": Average}
+    of |= {
+        "monitors": configs.Monitors,
+        "profile": configs.Profile,
+        "pretrain": configs.Pretrain,
+        "model.lora": LoraConfig,
+        "averages.ema": Average,
+    }
     for section, table in configs.TABLES.items():
         of |= {f"{section}:{name}": configs.find(section, name) for name in table}
     return list(of.items())

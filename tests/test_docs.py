@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
 FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-LITERAL = r'"((?:ratio|loss|velocity|reward|preference|replay|advantage|window|nfe|time|optimizer)/\w+)"'
+LITERAL = r'"((?:ratio|loss|velocity|gradient|reward|preference|replay|advantage|window|nfe|time|optimizer)/\w+)"'
 
 _spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
 hooks = importlib.util.module_from_spec(_spec)

@@ -91,6 +91,7 @@ for recipe in recipes:
         mesh = estimate.slice_mesh(settings, topology)
         phases, resident = ahead.lower(fit(settings, parts, mesh), parts, mesh, estimate.host_mesh(topology))
         assert phases.keys() >= {"rollout", "decode", "update"}
+        assert ("reward_grad" in phases) == ("reward_grad" in settings.objective.needs)
         total = sum(resident.values())
         print(recipe, rank, f"{total / 2**30:.2f}", *[f"{name}={size / 2**30:.2f}" for name, size in resident.items()])
 """

@@ -13,20 +13,28 @@ from mixgrpo_jax.engine.held_out import HeldOut
 from mixgrpo_jax.engine.loading import load_policy
 from mixgrpo_jax.engine.programs import make_programs
 from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.tasks import load_task
+from tests.test_train import two_splits
 
 SEEDS = (1, 2, 3)
 CONFIGS = str(pathlib.Path(__file__).parents[1] / "configs" / "any.py")
 # Iterations by recipe. Some learn by small steps, or from samples of an average. All run with MIXGRPO_JAX_LEARN=all.
 RECIPES = dict(dpo=60, vgrpo=30, flow_dppo=30, op_grpo=30)
+GRADIENTS = dict(draft=10, refl=10, leap_align=10, adjoint=10, rsm_first_order=10)
 if os.environ.get("MIXGRPO_JAX_LEARN") == "all":
     RECIPES |= dict(nft=60, grpo_guard=60, pcpo=60, awm=30, crd=30, rsm=30, tempflow=30, flash_grpo=30, tmpo=30)
-    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30)
+    RECIPES |= dict(dgpo=30, gcpo=30, uni_tmpo=30) | GRADIENTS
+    RECIPES |= dict.fromkeys(("tmpo_tree", "branch_grpo", "branch_grpo_pruned", "tree_rpo"), 30)
 
 
 def brightness(images, prompts, metadata):
     return np.asarray(images, np.float32).mean((1, 2, 3)) / 255
+
+
+BRIGHT = OnDevice(lambda params, images, inputs: images.mean((1, 2, 3)) / 255, {}, lambda prompts, metadata: None)
+BRIGHT = Reward("bright", "device", BRIGHT)
 
 
 def as_they_are(advantage, rng):
@@ -44,6 +52,18 @@ def flipped(advantage, rng):
 CHANGES = (as_they_are, flipped, shuffled)
 
 
+def changed(batch, change, group, rng):
+    """A batch with other advantages, or other gradients of rewards: shuffled, half of the samples have the opposite."""
+    if "reward_grad" in batch.extra:
+        half = rng.permutation(np.resize([1.0, -1.0], batch.weight.shape))
+        sign = half if change is shuffled else change(np.ones_like(half), rng)
+        gradient = batch.extra["reward_grad"] * sign[:, None, None].astype(np.float32)
+        return batch._replace(extra=batch.extra | {"reward_grad": gradient})
+    by_group = np.asarray(batch.advantage[..., 0]).reshape(-1, group)  # and place
+    factor = change(by_group, rng).reshape(len(batch.advantage), -1, 1)
+    return batch._replace(advantage=np.broadcast_to(factor, batch.advantage.shape))
+
+
 def bright(folder, recipe, iterations):
     """A short run of a recipe on a small policy."""
     config = configs.load(recipe, CONFIGS)
@@ -53,7 +73,9 @@ def bright(folder, recipe, iterations):
     config.iterations = iterations
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 4, 8, 2, 16
     config.plan.num_steps = 4
-    if "length" in config.plan:
+    if config.plan.name == "tree":
+        two_splits(config.plan)
+    elif "length" in config.plan:
         config.plan.length, config.plan.bound = min(config.plan.length, 2), None
     if "iterations_per_window" in config.plan:
         config.plan.iterations_per_window = 5
@@ -69,7 +91,8 @@ def setting(config):
     """`run(seed, change)` of a policy's programs; change is what is done to advantages."""
     settings, mesh = configs.resolve(config), meshes.make_mesh(config.mesh)
     parts, policy, trainable, frozen = load_policy(settings, mesh, master=True)
-    rewards = [Reward("bright", "host", brightness)]
+    needs_gradient = "reward_grad" in settings.objective.needs
+    rewards = [BRIGHT if needs_gradient else Reward("bright", "host", brightness)]
     programs = make_programs(settings, parts, trainable, mesh)
     held_out = HeldOut(settings, policy, rewards, trainable.attach)
     start = jax.tree.map(np.asarray, trainable.params)
@@ -85,9 +108,7 @@ def setting(config):
         for _ in range(config.iterations):
             drawn = collector.take(state, planned)
             batch, *rest = collector.learn(drawn, collector.score(drawn)).given
-            by_group = np.asarray(batch.advantage[0, :, 0]).reshape(-1, config.batch.group)
-            factor = change(by_group, rng).reshape(1, -1, 1)
-            batch = batch._replace(advantage=np.broadcast_to(factor, batch.advantage.shape))
+            batch = changed(batch, change, config.batch.group, rng)
             state, _ = programs.update(state, frozen["base"], batch, *rest)
             planned = settings.planner.advance(planned)
         return held_out.assess(state.params, frozen).scores["bright"] - before.scores["bright"]

@@ -16,6 +16,7 @@ PLANS = {
     "per_prompt": dict(num_steps=3, length=1),
     "tree": dict(num_steps=3, splits=(0, 1), factors=(2, 2)),
     "ode": dict(num_steps=3, train_fraction=0.6),
+    "tail": dict(num_steps=3, last=2),
 }
 SELECTIONS = {"all": {}, "extremes": dict(count=1), "band": {}, "replay": dict(capacity=2, groups=1)}
 AXES = (tuple(OBJECTIVES), tuple(PLANS), tuple(SELECTIONS), (0, 2), (False, True))
@@ -23,9 +24,11 @@ AXES = (tuple(OBJECTIVES), tuple(PLANS), tuple(SELECTIONS), (0, 2), (False, True
 
 def combined(folder, objective, plan, select, rank, stale):
     config = fast(folder, 2, RECIPES.get(objective, objective), one_step_off_policy=stale)
+    if "reward_grad" in configs.find("objective", objective).needs:
+        config.rewards, config.reward_options = dict(colour=1.0), {}
     same = config.plan.name == plan  # the recipe's own, as it is
-    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan == "window" else config.plan
-    config.batch.shared_noise = plan != "ode"
+    config.plan = configs.choose("plan", plan, **PLANS[plan]) if not same or plan in ("window", "tree") else config.plan
+    config.batch.shared_noise = plan not in ("ode", "tail")
     config.select = configs.choose("select", select, **SELECTIONS[select])
     config.model.lora.rank = rank
     return config

@@ -18,6 +18,7 @@ from mixgrpo_jax import config as configs
 from mixgrpo_jax import evaluate, train
 from mixgrpo_jax.convert import convert
 from mixgrpo_jax.engine.collect import Collector
+from mixgrpo_jax.flow import plans
 from mixgrpo_jax.flow.kernels import by_sample
 from mixgrpo_jax.models import families, lora, lora_files
 from mixgrpo_jax.models.io import orbax_io
@@ -42,7 +43,9 @@ def tiny(recipe="mixgrpo", iterations=4):
     config.batch.prompts, config.batch.group, config.batch.updates, config.batch.micro_batch = 2, 4, 2, 4
     config.plan.num_steps = 5
     if "length" in config.plan:
-        config.plan.length, config.plan.iterations_per_window = 2, 1
+        config.plan.length = 2
+    if "iterations_per_window" in config.plan:
+        config.plan.iterations_per_window = 1
     if recipe == "flow_grpo":
         config.plan.bound = 5
     config.evaluation.prompts = config.evaluation.batch = 8
@@ -470,16 +473,24 @@ def test_off_policy_stopped_and_resumed_gives_the_same_run(small_policy, tmp_pat
     assert lines(resumed) == lines(straight)
 
 
+def two_splits(plan):
+    """A recipe's tree at T=4."""
+    plan.num_steps, plan.splits, plan.noise = 4, (0, 1), plan.noise[1:]
+    plan.late, plan.late_after = plan.late and (1, 2), 2
+
+
 def reverse(folder, iterations, recipe):
-    """A recipe on steps with the sizes of `fast`, at T=3."""
+    """A recipe on steps with the sizes of `fast`, at T=3, or at 4 of a tree."""
     config, small = configs.load(recipe, CONFIGS), fast(folder, iterations)
     small.batch.shared_noise = config.batch.shared_noise
     for name in set(small) - {"plan", "sampler", "advantage", "select", "objective", "terms", "ratio_tolerance"}:
         config[name] = small[name]
     config.plan.num_steps = 3
-    if config.plan.bound:
+    if config.plan.name == "tree":
+        two_splits(config.plan)
+    if config.plan.get("bound"):
         config.plan.bound = 3
-    if config.plan.chunks:
+    if config.plan.get("chunks"):
         config.plan.chunks = (0, 1)
     if "iterations_per_window" in config.plan:
         config.plan.length = 1
@@ -511,16 +522,21 @@ def fast_first(names, fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-# By recipe at T=3, w=1 with 2 prompts x 4: places trained, and an update's evaluations in units of all rows
+# By recipe at T=3, w=1 (or two splits) with 2 prompts x 4: places trained, an update's evaluations in units of all rows
 REVERSE = dict(grpo_guard=(2, 2), flow_dppo=(2, 2), pcpo=(1, 2), rsm=(2, 2), dancegrpo_extremes=(1, 0.5))
 REVERSE |= dict(flash_grpo=(1, 1), gcpo=(2, 2), tmpo=(1, 2), uni_tmpo=(1, 2))
+REVERSE |= dict(tmpo_tree=(2, 2), branch_grpo=(2, 1), branch_grpo_pruned=(1, 1), tree_rpo=(2, 2))
 
 
 @pytest.mark.parametrize("recipe", fast_first(sorted(REVERSE), []))
 def test_reverse_recipes_train_on_policy(small_policy, tmp_path, recipe):
-    train.train(reverse(small_policy, 2, recipe), tmp_path)
-    places, each = REVERSE[recipe]
+    config = reverse(small_policy, 2, recipe)
+    train.train(config, tmp_path)
+    (places, each), planner = REVERSE[recipe], configs.resolve(config).planner
+    state, rows = planner.initial(), 2 if config.batch.shared_noise else 8
     for line in lines(tmp_path)[1:]:
+        assert line["nfe/rollout"] == plans.evaluations(planner.layout, planner.plan(state, 2), rows, 8)
+        state = planner.advance(state)
         assert line["compilations"] == 2 and line["nfe/update"] == each * places * 8
         assert line.get("ratio/max_deviation", 0) < 5e-5 and line.get("ratio/rollout_deviation", 0) < 1e-4
         assert line["grad_norm"] > 0
@@ -691,8 +707,10 @@ def test_an_objective_that_needs_the_rewards_gradient_gets_it(small_policy, reco
         assert line["gradient/size"] == pytest.approx(np.abs(gradient).sum((0, 2, 3)).mean(), rel=1e-4)
         assert line["gradient/size"] > 0
     config.rewards = dict(strict=1.0)
-    with pytest.raises(ValueError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
+    before = compilations("draw_samples", "update_policy")
+    with pytest.raises(configs.ConfigError, match=r"rewards.strict=1.0: this reward has no gradient in the images"):
         train.train(config, tmp_path / "without")
+    assert compilations("draw_samples", "update_policy") == before
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ import numpy as np
 
 from mixgrpo_jax.config import Settings
 from mixgrpo_jax.engine.programs import Programs, group_places, make_programs
+from mixgrpo_jax.engine.reward_grad import RewardGrad
 from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models import families
 from mixgrpo_jax.models.families import Parts
 from mixgrpo_jax.models.trainable import trainable_shapes
+from mixgrpo_jax.rewards.contract import Reward
 from mixgrpo_jax.rewards.scoring import sketch
 from mixgrpo_jax.rl import replay
 from mixgrpo_jax.rl.select import All, Replay
@@ -22,6 +24,7 @@ from mixgrpo_jax.runtime import mesh as meshes
 
 # Resident memory each program takes as arguments; the rest stays allocated. A reward's program takes that of its name.
 ARGUMENTS = {"features": ("text",), "rollout": ("parameters", "base"), "decode": ("vae",)}
+ARGUMENTS["reward_grad"] = ("vae", "reward_grad")
 ARGUMENTS["update"] = ("parameters", "optimiser, EMA", "base", "reference")
 
 
@@ -29,7 +32,8 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
     """The programs of an iteration, lowered for a mesh, and bytes a device of what stays there all along, by kind.
 
     The programs that decode and that score are those of a chunk, see `programs.decode_chunks`. Each host scores its own
-    rows on its own devices, of which `host` is a mesh.
+    rows on its own devices, of which `host` is a mesh. The program of the rewards' gradient is of all chunks; it is
+    among them where the objective asks for it and every reward is a model.
     """
     config, text = settings.config, settings.config.data.name != "features"
 
@@ -66,7 +70,13 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
         share = max(1, programs.chunks.shape[1] * host.size // mesh.size)
         scored = {name: model.lower(share, config.model.image_size, host) for name, model in models.items()}
         phases |= {name: program for name, (program, _) in scored.items()}
+    asked = [name for name, weight in settings.rewards.items() if weight]
+    gradient = None
     with jax.set_mesh(mesh):
+        if "reward_grad" in settings.objective.needs and models.keys() >= {*asked}:
+            rewards = [Reward(name, "device", models[name]) for name in asked]
+            gradient = RewardGrad(policy, rewards, settings.rewards, programs.chunks, mesh)
+            phases["reward_grad"] = gradient.lower(frozen, sampled.x0)
         phases["update"] = programs.update.lower(
             state, trainable.base, *_lesson(settings, programs, mesh, sampled, cond, plan)
         )
@@ -76,6 +86,7 @@ def lower(settings: Settings, parts: Parts, mesh: Any, host: Any) -> tuple[dict[
     resident["base" if settings.model.lora.rank else "reference"] = size(trainable.base)
     resident |= {"vae": size(params.get("vae")), "text": size(encoders)}
     resident |= {name: size(params) for name, (_, params) in scored.items()}
+    resident |= {"reward_grad": size(gradient.weighted.params)} if gradient else {}
     return phases, resident
 
 
@@ -85,7 +96,7 @@ def _lesson(
     """What an update is given, as `collect.Collector.learn` has it."""
     count, needs, batch = settings.samples, settings.objective.needs, settings.batch
     gradient: Any = jax.ShapeDtypeStruct((1, *sampled.x0.shape), np.float32)
-    extra = {"reward_grad": gradient} if "reward_grad" in needs else {}
+    extra = {"reward_grad": gradient, "reward": np.zeros((1, count), np.float32)} if "reward_grad" in needs else {}
     if "map" in needs:
         extra["map"] = np.zeros((1, *sampled.x0.shape[:2]), np.float32)
     if settings.optimizer.mix != "none":

@@ -19,6 +19,7 @@ from mixgrpo_jax.flow.plans import Plan
 from mixgrpo_jax.flow.rollout import Rollout
 from mixgrpo_jax.models.policy import Policy
 from mixgrpo_jax.rewards.contract import Reward, Score
+from mixgrpo_jax.rewards.on_device import differentiable
 from mixgrpo_jax.rewards.scoring import of_groups, score_chunks
 from mixgrpo_jax.rl import replay
 from mixgrpo_jax.rl.credit import Seen, map_of, shares
@@ -65,6 +66,9 @@ class Collector:
     mesh: Any
 
     def __post_init__(self):
+        if "reward_grad" in self.settings.objective.needs:
+            with refusing():
+                differentiable(self.rewards, self.settings.rewards)
         credit, known = self.settings.advantage, self.policy.tokens
         for route in credit.routes if credit.spread == "routes" else ():
             if (where := route.partition(":")[2]) not in known:
@@ -113,7 +117,7 @@ class Collector:
         """
         share, wait = self.settings.config.missing_share, self.settings.config.reward_wait
         score = functools.partial(score_chunks, self.rewards, missing_share=share, wait=wait, waiting=waiting)
-        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self._asked(drawn))
+        scores = distributed.map_rows(score, drawn.images, list(self.programs.chunks), *self.asked(drawn))
         return of_groups(self.rewards, scores, self.group)
 
     def learn(
@@ -133,7 +137,7 @@ class Collector:
         everything = np.zeros(settings.samples, np.float32)
         everything[index] = weight * ~np.isnan(advantage)[index]
         needs, parts = settings.objective.needs, settings.advantage.of_rewards(values, self.group, settings.rewards)
-        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens)
+        seen = Seen(parts, sampled, drawn.plan, self.policy.tokens, settings.planner.layout)
         batch = Batch(
             x0=sampled.x0 if "x0" in needs else None,
             rows=sampled.rows if needs & {"rows", "ode_row"} else (),
@@ -149,9 +153,11 @@ class Collector:
 
     def _extra(self, drawn: Drawn, scores: Mapping[str, Score], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What else of the samples the objective and the optimiser ask for, [1, B, ...]."""
-        settings, extra = self.settings, {}
+        settings, extra = self.settings, dict[str, Any]()
         if "reward_grad" in settings.objective.needs:
             extra["reward_grad"] = self._reward_grad(drawn)[None]
+            reward = sum(weight * scores[name].value for name, weight in settings.rewards.items() if weight)
+            extra["reward"] = np.asarray(reward, np.float32)[None]
         if "map" in settings.objective.needs:
             found = map_of(scores, shares(settings.rewards), settings.advantage)
             extra["map"] = np.nan_to_num(found, nan=0.0).astype(np.float32)[None]
@@ -189,13 +195,13 @@ class Collector:
             "compilations": self.programs.compilations(),
         }
 
-    def _asked(self, drawn: Drawn) -> tuple[list, list]:
+    def asked(self, drawn: Drawn) -> tuple[list, list]:
         """Prompts and metadata by sample."""
         prompts, metadata = ([drawn.batch[key][group] for group in self.group] for key in ("prompt", "metadata"))
         return prompts, metadata
 
     def _reward_grad(self, drawn: Drawn) -> jax.Array:
-        return self._gradient(self.frozen, drawn.sampled.x0, *self._asked(drawn))[1]
+        return self._gradient(self.frozen, drawn.sampled.x0, *self.asked(drawn))[1]
 
     @functools.cached_property
     def _gradient(self) -> RewardGrad:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 class Cost(NamedTuple):
     """Evaluations by phase, in samples.
 
-    rollout: that are executed. update: likewise, of all roles. gradient: those of the update that have a gradient.
+    rollout: that are executed. update: likewise, of all roles, and gradients in x alone. gradient: those of the update
+    that have a gradient in the parameters.
     """
 
     rollout: float

@@ -163,7 +163,10 @@ def drawing(settings: Settings, mesh: Any) -> Any:
 
 
 def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> Any:
-    """`draw_samples(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P."""
+    """`draw_samples(trained, frozen, plan, cond, key) -> Rollout` of every prompt's group; cond has leading axis P.
+
+    With a sixth argument, ids of the rows' noise and of the samples, only these samples are drawn.
+    """
     policy = parts.family.make(parts, settings.model, remat="none")  # nothing is kept, so nothing is recomputed
     batch, layout = settings.batch, settings.planner.layout
     dtype, cut = jnp.dtype(settings.model.dtype), rollout_fsdp(settings, parts, mesh)
@@ -171,19 +174,20 @@ def make_rollout(settings: Settings, parts: Parts, attach: Any, mesh: Any) -> An
     rows = prefix_rows(layout, batch, mesh)
     light = None if cut == mesh.shape["fsdp"] else meshes.with_fsdp(mesh, cut)
 
-    def draw(trained, frozen, plan, cond, key) -> Rollout:
+    def draw(trained, frozen, plan, cond, key, addresses=None) -> Rollout:
         noise_key, step_key = jax.random.split(key)
-        ids = jnp.arange(rows) // (rows // batch.prompts if batch.shared_noise else 1)
+        per_prompt = rows // batch.prompts if batch.shared_noise else 1
+        noise, samples = addresses or (jnp.arange(rows) // per_prompt, jnp.arange(settings.samples))
         with jax.named_scope("lighten"):
             own = (_lighten(params, dtype, parts.family.rules, light) for params in (trained, frozen["base"]))
             params = attach(*own)
         return rollout(
             functools.partial(policy.velocity, params),
             plan,
-            initial_noise(settings.sampler, noise_key, ids, policy.latent_shape),
+            initial_noise(settings.sampler, noise_key, noise, policy.latent_shape),
             cond,
             step_key,
-            jnp.arange(settings.samples),
+            samples,
             layout=layout,
             sampler=settings.sampler,
         )

@@ -58,5 +58,14 @@ class RewardGrad:
     ) -> tuple[dict[str, Array], Array]:
         """See the class; prompts and metadata have one entry a sample, the same on every process."""
         inputs = jax.tree.map(np.asarray, self.weighted.inputs(prompts, metadata))
-        vae = {name: tree for name, tree in frozen.items() if name == "vae"}
-        return self._program(vae, self.weighted.params, x0, meshes.spread(inputs, self.mesh))
+        return self._program(_vae(frozen), self.weighted.params, x0, meshes.spread(inputs, self.mesh))
+
+    def lower(self, frozen: Any, x0: Any) -> jax.stages.Lowered:
+        """The program for parameters and samples that are shapes, with inputs as of empty prompts."""
+        inputs = jax.tree.map(np.asarray, self.weighted.inputs([""] * len(x0), [{}] * len(x0)))
+        inputs = meshes.placed(inputs, jax.tree.map(lambda a: meshes.batch_sharding(self.mesh, len(a)), inputs))
+        return self._program.lower(_vae(frozen), self.weighted.params, x0, inputs)
+
+
+def _vae(frozen: Any) -> dict[str, Any]:
+    return {name: tree for name, tree in frozen.items() if name == "vae"}

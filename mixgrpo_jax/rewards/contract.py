@@ -86,5 +86,5 @@ class Reward:
 
     @property
     def differentiable(self) -> Differentiable | None:
-        """`score`, if it is differentiable in float images; otherwise None."""
-        return self.score if isinstance(self.score, Differentiable) else None
+        """`score`, if it is differentiable in float images and the reward is its value; otherwise None."""
+        return self.score if self.of_group is None and isinstance(self.score, Differentiable) else None

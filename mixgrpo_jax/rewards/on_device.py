@@ -114,6 +114,22 @@ class Weighted(NamedTuple):
     inputs: Callable[[list[str], list[dict]], dict[str, Any]]
 
 
+def differentiable(rewards: Sequence[Reward], weights: Mapping[str, float]) -> dict[str, Differentiable]:
+    """By name, what of the rewards with a positive weight is differentiated; raises as `weighted` does."""
+    scores = {reward.name: reward.differentiable for reward in rewards if weights.get(reward.name, 0) > 0}
+    if not scores:
+        raise ValueError(f"rewards={dict(weights)}: give one a positive weight")
+    parts: dict[str, Differentiable] = {}
+    for name, part in scores.items():
+        if part is None:
+            raise ValueError(
+                f"rewards.{name}={weights[name]}: this reward has no gradient in the images, which the objective "
+                "needs; only watch it (`watched`), or train on one that has, such as ocr_dense, colour or a learned one"
+            )
+        parts[name] = part
+    return parts
+
+
 def weighted(rewards: Sequence[Reward], weights: Mapping[str, float], mesh: Mesh) -> Weighted:
     """The weighted sum of rewards as a function with a gradient in the images.
 
@@ -126,17 +142,7 @@ def weighted(rewards: Sequence[Reward], weights: Mapping[str, float], mesh: Mesh
     Raises:
         ValueError: a reward with a positive weight has no gradient, or none has a positive weight.
     """
-    trained = {reward.name: reward.differentiable for reward in rewards if weights.get(reward.name, 0) > 0}
-    if not trained:
-        raise ValueError(f"rewards={dict(weights)}: give one a positive weight")
-    parts: dict[str, Differentiable] = {}
-    for name, part in trained.items():
-        if part is None:
-            raise ValueError(
-                f"rewards.{name}={weights[name]}: this reward has no gradient in the images, which the objective "
-                "needs; only watch it (`watched`), or train on one that has, such as ocr_dense, colour or a learned one"
-            )
-        parts[name] = part
+    parts = differentiable(rewards, weights)
 
     def function(params: Any, images: jax.Array, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         scores = {

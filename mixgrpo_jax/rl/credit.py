@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixgrpo_jax.flow.plans import Layout
+
 Scores = Mapping[str, Any]  # of each reward, `value` [B], and `map` [B, S] over latent positions or None
 
 
@@ -18,13 +20,15 @@ class Seen(NamedTuple):
     """What a spread may look at beside advantages and scores.
 
     parts: {reward: the advantages [B] that it alone would give}. rollout: see `flow.rollout`; its arrays may lie on
-    devices of other processes. plan: of the iteration. tokens: each modality's slice of the S positions.
+    devices of other processes. plan: of the iteration. tokens: each modality's slice of the S positions. layout: the
+    plan's.
     """
 
     parts: Mapping[str, np.ndarray]
     rollout: Any
     plan: Any
     tokens: Mapping[str, slice]
+    layout: Layout = ()
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Credit:
       shape: (A [B], group [B], credit) -> A [B]. "none" leaves it; "whiten" normalises it once more, by the batch;
         "tanh" bends it, clip tanh(A / clip); "power" is `power_law`, SLAS's.
       spread: (A [B], scores {name: Score}, shares, seen, credit) -> A [n or 1, B, S or 1]. "even" gives every place and
-        position the sample's; "map" multiplies it by the rewards' maps; "regions", "routes" and "temporal" are those of
-        `spread.py`.
+        position the sample's; "map" multiplies it by the rewards' maps; "regions", "routes", "temporal" and "nodes" are
+        those of `spread.py`.
       mean_scope, std_scope: "group" or "batch", whose statistics are used. std_scope "none" only subtracts the mean.
       ddof, epsilon: A = (r - mean) / (std + epsilon), with the std's delta degrees of freedom.
       trim: this fraction of each group's lowest rewards is left out of the statistics (not of the result).
@@ -220,6 +224,7 @@ TABLES: dict[str, dict[str, Callable | str]] = {
         "regions": "mixgrpo_jax.rl.spread:by_region",
         "routes": "mixgrpo_jax.rl.spread:by_route",
         "temporal": "mixgrpo_jax.rl.spread:by_step",
+        "nodes": "mixgrpo_jax.rl.spread:by_node",
     },
 }
 

@@ -72,22 +72,24 @@ WEIGHTS: dict[str, Callable[[Step], Array]] = {
     "fair2": lambda step: inverse(step.std * step.dt),  # likewise, with guard's weight in all
 }
 
+Bound = Array | float  # of all samples, or [b, S or 1]
 
-def clip(ratio: Array, advantage: Array, low: float, high: float, divergence: Array) -> tuple[Array, Array]:
+
+def clip(ratio: Array, advantage: Array, low: Bound, high: Bound, divergence: Array) -> tuple[Array, Array]:
     """PPO's: max(-A r, -A clip(r, 1 - low, 1 + high))."""
     del divergence
     clipped = jnp.clip(ratio, 1 - low, 1 + high)
     return jnp.maximum(-advantage * ratio, -advantage * clipped), clipped != ratio
 
 
-def hinge(ratio: Array, advantage: Array, low: float, high: float, divergence: Array) -> tuple[Array, Array]:
+def hinge(ratio: Array, advantage: Array, low: Bound, high: Bound, divergence: Array) -> tuple[Array, Array]:
     """Reward score matching's: max(bound |A| - A log r, 0)."""
     del divergence
     loss = jnp.where(advantage > 0, high, low) * jnp.abs(advantage) - advantage * jnp.log(ratio)
     return jnp.maximum(loss, 0), loss < 0
 
 
-def divergence(ratio: Array, advantage: Array, low: float, high: float, divergence: Array) -> tuple[Array, Array]:
+def divergence(ratio: Array, advantage: Array, low: Bound, high: Bound, divergence: Array) -> tuple[Array, Array]:
     """Flow-DPPO's (arXiv 2606.11025): -A r, without what moves on in A's direction where D >= bound already."""
     left = (divergence >= jnp.where(advantage > 0, high, low)) & (advantage * (ratio - 1) > 0)
     return jnp.where(left, 0, -advantage * ratio), left

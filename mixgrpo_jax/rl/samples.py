@@ -82,7 +82,8 @@ class Objective:
     """A loss of samples, and what it needs to be computed; a frozen dataclass of settings says what differs from this.
 
     needs: of the rollout, "rows" (recorded stochastic steps), "ode_row" (a recorded deterministic one, to check
-        against), "x0"; in `extra`, "reward_grad", dR/dx0 [B, S, C], and "map" [B, S], where in a sample rewards look.
+        against), "ode_tail" (and all that follow, up to x0), "x0"; in `extra`, "reward_grad", dR/dx0 [B, S, C], with
+        "reward", R [B], the sum of rewards by their weights, and "map" [B, S], where in a sample rewards look.
     roles: whom it asks for a velocity beside "train".
     span: what one call sees: a "step", a "window" (all places of its samples), or a "group" (and whole groups). Beyond
         "step", a role takes x [n, b, S, C] and sigma [n, b] with cond of leading axis b, and computes them row by row;

@@ -1,4 +1,4 @@
-"""Credit that differs by region, by modality or by step: what a spread makes of a sample's advantage, see `Credit`."""
+"""Credit that differs by region, modality, step or node: what a spread makes of a sample's advantage, see `Credit`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixgrpo_jax.flow import plans
 from mixgrpo_jax.rl.credit import Credit, Scores, Seen, map_of
 
 FLOOR = 1e-3  # of a step's gain, so that none has no credit
@@ -77,6 +78,34 @@ def by_step(
     of_sample = np.repeat(np.asarray(seen.plan.train), len(advantage) // seen.plan.train.shape[1], axis=1)
     gain = np.maximum(np.take_along_axis(np.asarray(gains), of_sample, axis=0), 0) + FLOOR
     return (advantage * gain / gain.mean(0))[..., None]
+
+
+def by_node(
+    advantage: np.ndarray, scores: Scores, share: Mapping[str, float], seen: Seen, credit: Credit
+) -> np.ndarray:
+    """At each place the advantage of the node that the sample is below, [n, B, 1]: BranchGRPO (arXiv 2509.06040).
+
+    A node's rewards are the means of those of its leaves that have a score, and credit compares them within the depth,
+    among the nodes of a prompt. Where each node is one sample, as in a window, it is even credit.
+    """
+    count, prompts = len(advantage), seen.plan.train.shape[1]
+    recorded = [(leaves, s.steps) for s, leaves in zip(seen.layout, plans.leaves_below(seen.layout)) if s.record]
+    leaves_of_row = np.repeat(*np.array(recorded).T)
+
+    def of_depth(leaves: int) -> np.ndarray:
+        values = {name: _mean_of_scored(np.asarray(scores[name].value).reshape(-1, leaves)) for name in share}
+        group = np.repeat(np.arange(prompts), count // leaves // prompts)
+        return np.repeat(credit.of_samples(values, group, share), leaves)
+
+    here = np.repeat(leaves_of_row[np.asarray(seen.plan.train)], count // prompts, axis=1)  # [n, B]
+    depths = np.unique(here)
+    return np.select([here == leaves for leaves in depths], [of_depth(leaves) for leaves in depths])[..., None]
+
+
+def _mean_of_scored(values: np.ndarray) -> np.ndarray:
+    """Means over the last axis of what is not NaN; NaN where all is."""
+    there = ~np.isnan(values)
+    return np.where(there, values, 0).sum(-1) / np.where(there.any(-1), there.sum(-1), np.nan)
 
 
 def _gains(x0: Array, rows: tuple[Any, ...]) -> Array:

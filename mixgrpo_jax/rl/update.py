@@ -154,7 +154,8 @@ def make_update(
 
     Metrics are stacked by update, [U], and by place as well, [U, n], where their names begin with ratio/ or are in
     `on_policy`. Of the latter it is the largest, of all others the mean over samples by their weights. "nfe/update" are
-    the model evaluations of all updates in samples, "nfe/gradient" those among them that have a gradient.
+    the model evaluations of all updates in samples, "nfe/gradient" those among them that have a gradient; one of
+    `prepare` whose gradient in x is taken counts as two.
     """
     key, averages = jax.random.key(0) if key is None else key, averages or {}
     noise_key = jax.random.fold_in(key, 2**31 - 1)  # apart from every update's own
@@ -301,7 +302,7 @@ def _make_loss(
         calls: dict[str, int] = {}
         own = roles(params, averages)
         if spans:
-            own = _row_by_row({name: jax.checkpoint(role) for name, role in own.items()}, micro_batch)
+            own = _row_by_row(own, micro_batch)
             samples, drawn_by = _samples(batch, plan, index, near=not of_group, first=first), keys
         else:
             samples, drawn_by = _samples(batch, plan, index, place, first=first), keys[place]
@@ -326,7 +327,7 @@ def count_evaluations(
     "nfe/gradient" before there is an update. `gradients` is of rewards that have each their own."""
     before: dict[str, int] = {}
     calls: dict[str, int] = {}
-    own: Roles = dict.fromkeys([*roles, "train"], lambda x, sigma, cond: jnp.zeros(x.shape))
+    own: Roles = dict.fromkeys([*roles, "train"], lambda x, sigma, cond: 0.0 * x)
 
     def trace() -> Any:
         before.clear()
@@ -334,7 +335,7 @@ def count_evaluations(
         x, each, positions = jnp.zeros((places, 1, *shape)), jnp.zeros((places, 1)), max(1, math.prod(shape[:-1]))
         rows = Rows(x, x, jnp.zeros((places, 1, positions)), each + 1, each, each)
         one = jnp.ones(1)
-        asked = {"reward_grad": x[:1], "map": jnp.zeros((1, 1, positions))}
+        asked = {"reward_grad": x[:1], "reward": each[:1], "map": jnp.zeros((1, 1, positions))}
         batch = Batch(x[0], (rows,), each[:1, :, None], one, one, asked)
         plan = Plan((), *[np.zeros((places, 1), np.int32)] * 5)
         keys, index = jax.random.split(jax.random.key(0), places), jnp.arange(1)
@@ -403,12 +404,24 @@ def _choose(condition: Array, chosen: Any, other: Any) -> Any:
 
 
 def _counted(roles: Roles, calls: dict[str, int]) -> dict[str, Velocity]:
-    """The roles, which add the samples that they evaluate to `calls`, by name, as they are traced."""
+    """The roles, which add the samples that they evaluate to `calls`, by name, as they are traced.
+
+    Where their gradient in x is taken, as `prepare` may, they add them once more: it costs as much.
+    """
 
     def count(name: str, role: Velocity) -> Velocity:
         def velocity(x: Array, sigma: Array, cond: Any) -> Array:
-            calls[name] = calls.get(name, 0) + sigma.size
-            return role(x, sigma, cond)
+            def add() -> None:
+                calls[name] = calls.get(name, 0) + sigma.size
+
+            def back(_: None, gradient: Array) -> tuple[Array]:
+                add()
+                return (gradient,)
+
+            add()
+            same = jax.custom_vjp(lambda x: x)
+            same.defvjp(lambda x: (x, None), back)
+            return role(same(x), sigma, cond)
 
         return velocity
 
@@ -418,7 +431,7 @@ def _counted(roles: Roles, calls: dict[str, int]) -> dict[str, Velocity]:
 def _row_by_row(roles: Roles, micro_batch: int) -> dict[str, Velocity]:
     """Roles of x [n, b, ...] and sigma [n, b] with cond of leading axis b, a micro-batch at one place at a time.
 
-    The m-th takes the m-th sample of each run of b / micro_batch.
+    The m-th takes the m-th sample of each run of b / micro_batch. The backward pass computes each of them again.
     """
 
     def evaluate(role: Velocity, x: Array, sigma: Array, cond: Any) -> Array:
@@ -436,7 +449,7 @@ def _row_by_row(roles: Roles, micro_batch: int) -> dict[str, Velocity]:
         v = lax.map(one, (x, sigma, jnp.tile(jnp.arange(run), places)))
         return jnp.moveaxis(v.reshape(places, run, *v.shape[1:]), 1, 2).reshape(places, count, *v.shape[2:])
 
-    return {name: partial(evaluate, role) for name, role in roles.items()}
+    return {name: partial(evaluate, jax.checkpoint(role)) for name, role in roles.items()}
 
 
 def _over_samples(largest: bool, values: Array, weight: Array, micro_batch: int) -> Array:

@@ -174,6 +174,11 @@ class Checkpoints:
         """Iterations finished at the newest checkpoint, or at the one that is read; None without one."""
         return self._step if self._step is not None else self._manager and self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """Iterations finished at each checkpoint."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
     def save(self, last: Finished, force: bool = False) -> bool:
         """Save what is finished where it is due, or now. True where it was.
 

@@ -29,6 +29,7 @@ SECTIONS = (  # a metric goes to the first that has a prefix of its name
     ("Time", ("time/",), "Seconds by phase, and throughput. The first iteration compiles, and may lie above."),
     ("Other", ("",), ""),
 )
+BESIDE = 5  # settings that may differ and stand beside the runs; of more, the scores would be out of sight
 POINTS = 1200  # of a curve; several runs share them
 WARNINGS = 12  # of which pictures are shown, of all runs together
 STRIP = 12  # prompts whose pictures are shown over time
@@ -66,6 +67,7 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
     environment.filters["text"] = lambda value: "''" if value == "" else value
     fields = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in fields}
+    differing = {name: row for name, row in values.items() if any(value != row[0] for value in row)}
     short = labels([run.name for run in runs])
     data = {"sections": charts(runs), "runs": pictures(runs), "labels": short}
     result = [results(run) for run in runs]
@@ -79,7 +81,8 @@ def write(path: str | os.PathLike, workdirs: Sequence[str | os.PathLike]) -> Non
         costs=[cost(run) for run in runs],
         phases=tuple(metrics.PHASES),
         config=values,
-        differing={name: row for name, row in values.items() if any(value != row[0] for value in row)},
+        differing=differing,
+        beside=differing if len(differing) <= BESIDE else {},
         sections=data["sections"],
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         asset=lambda name: (ASSETS / name).read_text(),

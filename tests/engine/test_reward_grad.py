@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixgrpo_jax import config as configs
+from mixgrpo_jax.engine.collect import Collector
 from mixgrpo_jax.engine.programs import decode_chunks
 from mixgrpo_jax.engine.reward_grad import RewardGrad
 from mixgrpo_jax.models import vae
 from mixgrpo_jax.models.codec import PixelCodec, VAECodec
 from mixgrpo_jax.models.policy import Policy
+from mixgrpo_jax.rewards.contract import Reward
+from mixgrpo_jax.rewards.on_device import OnDevice
 from mixgrpo_jax.rewards.scoring import build
 from mixgrpo_jax.runtime import mesh as meshes
 from mixgrpo_jax.runtime.mesh import virtual_devices
 from mixgrpo_jax.tasks.signs.data import PALETTE, photograph, sample_signs
-from tests.python import run_program
+from tests.python import ROOT, run_program
 
 SIGNS = sample_signs("test", 8)
 PROMPTS = [sign.prompt for sign in SIGNS]
@@ -78,6 +82,26 @@ def test_a_reward_without_a_gradient_is_refused_by_name_unless_it_is_only_watche
     scores, gradient = program(policy, weights={"colour": 2.0, "strict": 0.0})(frozen, x0, PROMPTS, METADATA)
     assert list(scores) == ["colour"]
     np.testing.assert_array_equal(gradient, program(policy)(frozen, x0, PROMPTS, METADATA)[1])
+
+
+def test_a_config_whose_rewards_have_no_gradient_is_refused_before_anything_compiles():
+    config = configs.load("draft", str(ROOT / "configs" / "any.py"))
+    config.rewards = dict(colour=1.0, strict=0.5)
+    settings, compared = configs.resolve(config), Reward("strict", "device", build(["colour"], {})[0].score, np.add)
+    for reward in (build(["strict"], {})[0], compared):  # the latter's value is made of a whole group's features
+        with pytest.raises(configs.ConfigError, match=r"rewards.strict=0.5: .* no gradient .*only watch it"):
+            Collector(settings, None, None, {}, [], [*build(["colour"], {}), reward], None)
+
+
+def test_the_program_ahead_of_time_is_the_one_that_runs():
+    policy, frozen, x0 = make("pixels")
+    score = OnDevice(lambda params, images, inputs: inputs * images.mean((1, 2, 3)), {}, lambda p, m: np.ones(len(p)))
+    rewards, chunks = [Reward("bright", "device", score)], np.arange(8).reshape(2, 4)
+    call = RewardGrad(policy, rewards, {"bright": 2.0}, chunks, meshes.make_mesh({}))
+    lowered = call.lower(frozen, jax.ShapeDtypeStruct(x0.shape, x0.dtype))
+    found = lowered.compile()({}, call.weighted.params, x0, {"bright": np.ones(8, np.float32)})
+    jax.tree.map(np.testing.assert_array_equal, found, call(frozen, x0, [""] * 8, [{}] * 8))
+    assert np.abs(found[1]).min() > 0
 
 
 ON_DEVICES = """

@@ -10,6 +10,7 @@ import pytest
 from mixgrpo_jax.flow import plans, schedules
 from mixgrpo_jax.flow.plans.ode import ODE
 from mixgrpo_jax.flow.plans.per_prompt import PerPrompt
+from mixgrpo_jax.flow.plans.tail import Tail
 from mixgrpo_jax.flow.plans.tree import Tree
 from mixgrpo_jax.flow.plans.window import Window, WindowState
 
@@ -114,10 +115,11 @@ def test_every_step_is_trained_when_the_bound_allows(strategy):
         Window(train_choice="random", length=8),
         PerPrompt(seed=3),
         ODE(train_choice="random"),
+        Tail(last=5, places=2),
     ],
 )
 def test_random_choices_depend_on_seed_and_iteration_alone(planner):
-    planner = replace(planner, train_fraction=0.5)
+    planner = replace(planner, train_fraction=0.5) if hasattr(planner, "train_fraction") else planner
 
     def draw(planner):
         return [planner.plan(s, 2).step.tolist() for s in states(planner, 50)]
@@ -211,7 +213,7 @@ def test_plans_have_one_shape_and_join_up(strategy, ratio):
     assert shapes == {tuple(expected)}
 
 
-@pytest.mark.parametrize("planner", [Tree(), ODE(), Tree(splits=(0,), factors=(12,), length=25)])
+@pytest.mark.parametrize("planner", [Tree(), ODE(), Tail(last=3), Tree(splits=(0,), factors=(12,), length=25)])
 def test_plans_of_fixed_layouts_are_the_schedule(planner):
     first, later = (planner.plan(state, 2) for state in (states(planner, 9)[0], states(planner, 9)[-1]))
     for plan in (first, later):
@@ -229,12 +231,85 @@ def test_a_tree_trains_every_stochastic_step():
     assert [s.steps for s in planner.layout if s.sde] == [2, 2] and sum(s.steps for s in planner.layout) == 12
 
 
+MOVING = dict(num_steps=10, splits=(1, 3, 5), late=(1, 5, 8), late_after=8, group=27)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(jitter=6.0), dict(late=(0, 3, 6), length=2, jitter=6.0)])
+def test_a_trees_splits_move_as_data_and_cost_what_the_formula_says(fields):
+    planner, shapes, seen = Tree(**(MOVING | fields)), set(), []
+    for state in states(planner, 20):
+        plan, starts = planner.plan(state, 2), planner.starts(state)
+        shapes.add(tuple((field.shape, field.dtype.name) for field in arrays(plan)))
+        np.testing.assert_array_equal(grid(plan, 1), schedules.shifted_sigmas(10, 3.0))
+        steps = [start + step for start in starts for step in range(planner.length)]
+        assert plan.step[:, 0].tolist() == steps and steps[-1] < 10 - (planner.jitter > 0)
+        assert all(b - a >= planner.length for a, b in itertools.pairwise(starts))
+        rows = np.searchsorted(starts, np.arange(10), side="right")  # 3^k a prompt after k splits
+        assert plans.evaluations(planner.layout, plan, 2, 54) == 2 * (3**rows).sum()
+        seen.append(starts)
+    assert len(shapes) == 1 and planner.starts(states(planner, 20)[7]) == seen[7]
+    if not planner.jitter:
+        assert seen[0] == [1, 3, 5] and all(starts == [*planner.late] for starts in seen[8:])
+    else:
+        assert len({tuple(starts) for starts in seen}) > 5
+
+
+def test_jitter_is_around_the_scheduled_places_and_vanishes_as_kappa_grows():
+    means = []
+    for kappa in (6.0, 1e6):
+        planner = Tree(**(MOVING | dict(late=(), jitter=kappa)))
+        means.append(np.mean([planner.starts(state) for state in states(planner, 400)], axis=0))
+    np.testing.assert_allclose(means[0], [1, 3, 5], atol=0.8)  # in order, which parts them
+    np.testing.assert_array_equal(means[1], [1, 3, 5])
+
+
+def test_a_trees_noise_is_by_depth_and_depths_are_pruned_by_fraction():
+    planner = Tree(num_steps=12, splits=(0, 3, 6), noise=(4.0, 2.0, 0.5), train_fraction=0.67, train_choice="random")
+    assert planner.num_trained == 2 and planner.branches == (2, 2, 3)
+    chosen = set()
+    for state in states(planner, 20):
+        plan = planner.plan(state, 2)
+        assert [s.eta[0, 1] for s, part in zip(plan.segments, planner.layout) if part.sde] == [4.0, 2.0, 0.5]
+        assert not any(s.eta.any() for s, part in zip(plan.segments, planner.layout) if not part.sde)
+        np.testing.assert_array_equal(plan.step, 3 * plan.train)
+        chosen.add(tuple(plan.train[:, 0]))
+    assert chosen == {(0, 1), (0, 2), (1, 2)}
+
+
 def test_an_ode_is_trained_at_the_schedules_noise_levels():
     planner = ODE(num_steps=10)
     plan = first_plan(planner, 2)
     np.testing.assert_array_equal(plan.sigma[:, 1], schedules.shifted_sigmas(10, 3.0)[:9])
     assert not plan.train.any() and not any(segment.sde for segment in planner.layout)
     assert np.concatenate([steps.order[:, 0] for steps in plan.segments]).tolist() == [1, *[2] * 8, 1]
+
+
+def test_a_tail_records_and_trains_its_last_steps_or_some_of_them():
+    sigmas = schedules.shifted_sigmas(8, 3.0)
+    planner = Tail(num_steps=8, last=3)
+    plan = first_plan(planner, 2)
+    np.testing.assert_array_equal(plan.sigma[:, 1], sigmas[5:8])
+    assert [s.steps for s in planner.layout] == [5, 3] and plans.evaluations(planner.layout, plan, 4, 4) == 4 * 8
+    planner = Tail(num_steps=8, last=0, places=2)
+    steps = np.stack([planner.plan(state, 4).step for state in states(planner, 40)])
+    assert planner.layout[1].steps == 8 and (np.diff(steps, axis=1) > 0).all() and set(steps.flat) == set(range(8))
+    assert (steps.std(2) > 0).any()  # another choice for every prompt, which does not depend on how many there are
+    np.testing.assert_array_equal(steps[3][:, :2], planner.plan(states(planner, 4)[3], 2).step)
+
+
+def test_a_jump_ends_a_trajectory_early_at_the_clean_sample():
+    sigmas, planner = schedules.shifted_sigmas(8, 3.0), Tail(num_steps=8, last=3, jump=True, group=4)
+    seen = set()
+    for state in states(planner, 20):
+        plan = planner.plan(state, 3)
+        for prompt, step in enumerate(plan.step[0]):
+            path = grid(plan, prompt)
+            np.testing.assert_array_equal(path, [*sigmas[: step + 1], 0])
+            assert plan.sigma[0, prompt] == sigmas[step] and plan.segments[0].taken[prompt] == step
+        longest = plan.step.max() + 1
+        assert plans.evaluations(planner.layout, plan, 12, 12) == 12 * longest
+        seen |= set(plan.step[0])
+    assert seen == {5, 6, 7} and planner.num_trained == 1
 
 
 def test_stratified_noise_levels_are_one_of_each_part_and_another_for_every_prompt():
@@ -375,6 +450,14 @@ def test_bad_fields_are_named(field, value):
         (Tree, "splits", (-1, 5)),
         (Tree, "factors", (12,)),
         (Tree, "factors", (3, 5)),
+        (Tree, "late", (3,)),
+        (Tree, "late", (5, 5)),
+        (Tree, "late_after", 0),
+        (Tree, "jitter", -1.0),
+        (Tree, "noise", (1.0,)),
+        (Tree, "noise", (1.0, 0.0)),
+        (Tree, "train_fraction", 0.0),
+        (Tree, "train_choice", "last"),
         (ODE, "num_steps", 1),
         (ODE, "shift", -1.0),
         (ODE, "solver_order", 4),
@@ -382,6 +465,11 @@ def test_bad_fields_are_named(field, value):
         (ODE, "train_choice", "last"),
         (ODE, "train_range", 0.0),
         (ODE, "train_range", 0.5),
+        (Tail, "num_steps", 1),
+        (Tail, "shift", 0.0),
+        (Tail, "last", 11),
+        (Tail, "last", -1),
+        (Tail, "places", 2),
     ],
 )
 def test_bad_fields_of_other_planners_are_named(planner, field, value):

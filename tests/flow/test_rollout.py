@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from functools import partial
 
@@ -5,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from mixgrpo_jax.flow import plans, schedules, solvers
 from mixgrpo_jax.flow.plans.ode import ODE
@@ -136,6 +138,37 @@ def test_siblings_share_their_trajectory_and_cousins_differ(toy):
     for own, nodes, leaves in zip(alone.rows, shared.rows, (3, 1)):
         for a, b in zip(own, nodes):
             np.testing.assert_allclose(a, jnp.repeat(b, leaves, axis=1), atol=1e-5)
+
+
+def test_one_program_serves_every_place_of_a_trees_splits(toy):
+    planner = Tree(num_steps=8, splits=(0, 2), late=(3, 6), late_after=3, jitter=6.0, group=6)
+    before, starts = compilations("run"), set()
+    for iteration in range(4):
+        state = planner.initial()._replace(iteration=iteration)
+        plan = planner.plan(state, 2)
+        drawn = draw(toy, planner, plan)
+        assert int(drawn.executed) == int(drawn.used) == plans.evaluations(planner.layout, plan, 2, 12)
+        starts.add(tuple(planner.starts(state)))
+    assert compilations("run") - before == 1 and len(starts) > 2
+
+
+def test_the_noise_of_a_depth_is_the_densitys_too(toy):
+    """BranchGRPO's fourfold noise: what is recorded is the log-density of what was sampled."""
+    velocity, params, _, cond = toy
+    planner = dataclasses.replace(TREE, noise=(4.0, 1.0))
+    first, second = draw(toy, planner, planner.plan(planner.initial(), 2)).rows
+    x, cond = first.x[0], jnp.repeat(cond, 2, 0)
+    sigma, sigma_next = (float(a[0, 0]) for a in (first.sigma, first.sigma_next))
+    v, step = velocity(params, x, first.sigma[0], cond), sigma_next - sigma
+    g = 4 * EULER.eta * np.sqrt(sigma / (1 - sigma))
+    mean = x + step * (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v))
+    own, other = (stats.norm.logpdf(first.x_next[0], mean, of * np.sqrt(-step)).mean(-1) for of in (g, g / 4))
+    np.testing.assert_allclose(first.log_prob[0], own, atol=1e-4)
+    assert np.abs(first.log_prob[0] - other).mean() > 1
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, node), 2) for node in range(4)]
+    noise = (first.x_next[0] - mean) / (g * np.sqrt(-step))
+    np.testing.assert_allclose(noise, EULER.normal_of(jnp.stack(keys), (3, 4)), atol=1e-4)
+    assert (first.eta == 4).all() and (second.eta == 1).all()
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm_midpoint"])

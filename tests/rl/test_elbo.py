@@ -24,6 +24,7 @@ def setting(toy):
 def everywhere(made):
     samples = seen(made.batch, made.plan, made.ids)
     samples.extra["deviation"] = jnp.zeros((2, len(made.ids)))
+    samples.extra["reward_grad"], samples.extra["reward"] = samples.rows.x, samples.sigma
     return samples
 
 

@@ -151,8 +151,12 @@ def test_runs_are_compared_and_a_sweep_is_its_runs(tmp_path, monkeypatch):
     assert [curve["x"] for curve in chart(data, "grad_norm")["curves"]] == [[1, 2, 3, 4]] * 2
     assert "<tr><th>seed<td>1<td>None" in text and '<span title="b,seed=2">b,seed=2</span>' in text
 
+    assert "<tr><th>run<th>iterations<th>model.folder<th>rewards.ocr<th>seed<th>done" in text
+    monkeypatch.setattr(page, "BESIDE", 3)
     monkeypatch.setattr(page, "BUDGET", 100)  # less than any picture
     page.write(tmp_path / "report.html", [first, second])
+    text = (tmp_path / "report.html").read_text()
+    assert "<tr><th>run<th>done" in text and "4 settings differ, see" in text
     assert [run["frames"] for run in read(tmp_path / "report.html")[1]["runs"]] == [[], []]
     assert folders([f"{first},{tmp_path}", str(second)]) == [first, tmp_path, second]
     (tmp_path / "empty").mkdir()

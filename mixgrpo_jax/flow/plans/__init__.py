@@ -19,6 +19,7 @@ PLANS = {
     "per_prompt": "mixgrpo_jax.flow.plans.per_prompt:PerPrompt",
     "tree": "mixgrpo_jax.flow.plans.tree:Tree",
     "ode": "mixgrpo_jax.flow.plans.ode:ODE",
+    "tail": "mixgrpo_jax.flow.plans.tail:Tail",
 }
 
 __all__ = [

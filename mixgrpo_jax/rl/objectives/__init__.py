@@ -10,7 +10,11 @@ OBJECTIVES = {
     "creflow": "mixgrpo_jax.rl.objectives.creflow:CreFlow",
     "gcpo": "mixgrpo_jax.rl.objectives.gcpo:GCPO",
     "op_grpo": "mixgrpo_jax.rl.objectives.op_grpo:OPGRPO",
+    "tree_rpo": "mixgrpo_jax.rl.objectives.tree_rpo:TreeRPO",
     "tmpo": "mixgrpo_jax.rl.objectives.tmpo:TMPO",
     "uni_tmpo": "mixgrpo_jax.rl.objectives.tmpo:UniTMPO",
     "nft": "mixgrpo_jax.rl.objectives.nft:NFT",
+    "draft": "mixgrpo_jax.rl.objectives.reward_gradient:DRaFT",
+    "leap_align": "mixgrpo_jax.rl.objectives.reward_gradient:LeapAlign",
+    "adjoint": "mixgrpo_jax.rl.objectives.adjoint:AdjointMatching",
 }

@@ -159,13 +159,23 @@ class GRPO(Objective):
             found["ratio/rollout_deviation"] = jnp.abs(jnp.exp(drawn) - 1).max(-1)
         return found
 
+    def bounds(self, advantage: Array) -> tuple[ratios.Bound, ratios.Bound]:
+        """clip_low and clip_high of samples, of which each may have its own, as the advantages [b, S or 1]."""
+        del advantage
+        return self.clip_low, self.clip_high
+
+    def beside(self, v: Array, samples: Samples) -> tuple[Array, Metrics]:
+        """What is added to a place's loss, [b], and its metrics; v [b, S, C] is the trained velocity."""
+        del samples
+        return jnp.zeros(len(v)), {}
+
     def __call__(self, roles: Roles, samples: Samples, key: Array, tools: Tools) -> tuple[Array, Metrics]:
         """Loss [b] and metrics [b]."""
         row, advantage = samples.rows, samples.advantage
         v = roles["train"](row.x, tools.sampler.timestep(row.sigma), samples.cond).astype(jnp.float32)
         change = self.change(row, v, samples.extra, advantage.shape[-1], tools)
         ratio, surrogate = jnp.exp(change.own), ratios.SURROGATES[self.surrogate]
-        loss, flat = surrogate(ratio, advantage, self.clip_low, self.clip_high, change.divergence)
+        loss, flat = surrogate(ratio, advantage, *self.bounds(advantage), change.divergence)
         loss = loss.mean(-1)
         metrics = self.metrics(loss, ratio, flat, change.drawn)
         if "step_weight" in samples.extra:
@@ -173,4 +183,5 @@ class GRPO(Objective):
         log_ratio = change.log_ratio.mean(-1)
         point = Point(row.x, row.sigma, v, samples.cond, row.sigma_next, row.eta, change.transition, log_ratio)
         penalty, named = tools.terms(roles, point)
-        return loss + penalty, metrics | named
+        added, found = self.beside(v, samples)
+        return loss + added + penalty, metrics | found | named
