@@ -60,10 +60,12 @@ settings = configs.resolve(config)
 mesh = mesh_of(settings)
 with jax.set_mesh(mesh):
     parts, collector, held_out, state = train._set_up(settings, mesh)
-    found, planned = restore_run(Checkpoints(workdir), state, settings.planner.initial(), parts.table)
+    source = Checkpoints(workdir)
+    found, planned = restore_run(source, state, settings.planner.initial(), parts.table)
+    host = host_state(planned) | {"monitors": source.restore_host()["monitors"]}
     assert jax.tree.leaves(found.params)[0].sharding.num_devices == jax.device_count()
     checkpoints = Checkpoints(target, every=1)
-    checkpoints.save(finished(planned.iteration, found, host_state(planned)), force=True)
+    checkpoints.save(finished(planned.iteration, found, host), force=True)
     checkpoints.close()
 """
 
