@@ -29,7 +29,7 @@ WARNINGS = "warnings.jsonl"  # and a folder of pictures, warnings/
 GROUPS = 16  # that a base is the mean of
 RATE = 0.2  # of the moving average of changes
 PART = 0.5  # of the limit by which trained rewards have to rise, and a watched one to fall
-VOUCHES = 0.15  # of a change: by so much a watched reward has risen where the change is for the better
+VOUCHES = 0.15  # of a change: by so much a watched reward has risen, or may have, where the change is for the better
 SHOWN, PIXELS = 12, 256  # pictures of a warning, and their rows at most
 THUMB = 8  # rows and columns of what diversity sees of a picture
 BLOCK = 1 << 22  # values that are measured at a time
@@ -133,11 +133,12 @@ def measure(items: Iterable[tuple]) -> dict[str, dict[str, np.ndarray]]:
 
 
 class Change(NamedTuple):
-    """What a mean was, what it is, and the difference in standard deviations of the first pictures."""
+    """What a mean was, what it is, and the difference in standard deviations of the first pictures, with its error."""
 
     base: float
     now: float
     units: float
+    error: float = 0.0
 
 
 @dataclass
@@ -145,19 +146,22 @@ class Series:
     """A monitor, followed through a run.
 
     bases: by the step at which a window starts, the groups seen there, and the mean that the first policy would have.
-    change: since then, averaged over iterations. moments: count, sum and sum of squares of the first pictures.
+    change: since then, averaged over iterations. moments, groups: count, sum and sum of squares of the first pictures,
+    and of the means of their groups.
     """
 
     bases: dict[str, list[float]] = field(default_factory=dict)
     change: float = 0.0
     moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    groups: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def follow(self, value: np.ndarray, group: np.ndarray, start: np.ndarray) -> None:
         """Take in an iteration's values [B], NaN where there is none, of groups [B], whose windows start [P] there."""
-        if sum(count for count, _ in self.bases.values()) < GROUPS:
-            for power in range(3):
-                self.moments[power] += float((value[~np.isnan(value)].astype(np.float64) ** power).sum())
         by_group, changes = means_of(value, group), []
+        if sum(count for count, _ in self.bases.values()) < GROUPS:
+            for moments, seen in ((self.moments, value), (self.groups, by_group)):
+                for power in range(3):
+                    moments[power] += float((seen[~np.isnan(seen)].astype(np.float64) ** power).sum())
         for step in np.unique(start):
             found = by_group[(start == step) & ~np.isnan(by_group)]
             count, mean = self.bases.get(str(step), (0, 0.0))
@@ -171,10 +175,16 @@ class Series:
 
     def told(self, start: np.ndarray, least: float) -> Change:
         """The change of groups whose windows start there, [P]; a standard deviation is at least so much."""
-        count, total, squares = self.moments
-        spread = np.sqrt(max(squares / count - (total / count) ** 2, 0.0)) if count else 0.0
+        unit = max(_deviation(self.moments), least, 1e-9)
         base = float(np.mean([self.bases.get(str(step), (0, 0.0))[1] for step in start]))
-        return Change(base, base + self.change, self.change / max(float(spread), least, 1e-9))
+        averaged = len(start) * (2 - RATE) / RATE  # groups, by their weights in the moving average
+        error = _deviation(self.groups) * np.sqrt(1 / max(self.groups[0], 1) + 1 / averaged)
+        return Change(base, base + self.change, self.change / unit, float(error) / unit)
+
+
+def _deviation(moments: list[float]) -> float:
+    count, total, squares = moments
+    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5 if count else 0.0
 
 
 def means_of(value: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -183,20 +193,19 @@ def means_of(value: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def suspicious(
-    units: Mapping[str, float], rewards: Mapping[str, float], watched: Iterable[str], limit: float
+    changes: Mapping[str, Change], rewards: Mapping[str, float], watched: Iterable[str], limit: float
 ) -> dict[str, int]:
     """Monitors whose change, in standard deviations, is beyond the limit in a direction that is bad, and its sign.
 
-    What is good changes pictures too: a watched reward that rises vouches for a change in proportion. One that falls
-    by a part of the limit, while those that are trained on, by their shares, rise by as much, is suspicious itself.
-    Rewards are here as reward/NAME. A limit of 0 finds nothing.
+    What is good changes pictures too: a watched reward that rises, or within its error may have risen, vouches for a
+    change in proportion. One that falls by a part of the limit, while those that are trained on, by their shares, rise
+    by as much, is suspicious itself. Rewards are here as reward/NAME. A limit of 0 finds nothing.
     """
     if not limit:
         return {}
-    held = {
-        name: units[name] for name in (f"reward/{name}" for name in watched if name not in rewards) if name in units
-    }
-    vouched = max(held.values(), default=0.0)
+    units = {name: change.units for name, change in changes.items()}
+    held = [f"reward/{name}" for name in watched if name not in rewards and f"reward/{name}" in units]
+    vouched = max((units[name] + changes[name].error for name in held), default=0.0)
     signs = {name: monitor.signs for name, monitor in MONITORS.items() if name in units}
     signs |= {name: (-1,) for name in units if name.startswith("diversity")}
     found = {}
@@ -205,7 +214,7 @@ def suspicious(
         if sign in bad and size > limit and vouched < VOUCHES * size:
             found[name] = sign
     if sum(share * units.get(f"reward/{name}", 0.0) for name, share in rewards.items()) > PART * limit:
-        found |= {name: -1 for name, change in held.items() if change < -PART * limit}
+        found |= {name: -1 for name in held if units[name] < -PART * limit}
     return found
 
 
@@ -280,7 +289,8 @@ class Watch:
             there = ~np.isnan(was[0][name] + now[name])
             old, new = was[0][name][there].astype(np.float64), now[name][there].astype(np.float64)
             unit = max(old.std(), LEAST.get(name, 0.0), 1e-9)
-            return Change(old.mean(), new.mean(), (new - old).mean() / unit)
+            error = (new - old).std() / max(len(old), 1) ** 0.5
+            return Change(old.mean(), new.mean(), (new - old).mean() / unit, error / unit)
 
         if was:
             changes = {name: change(name) for name in now if name in was[0] and name != "thumbs"}
@@ -296,10 +306,9 @@ class Watch:
     ) -> None:
         """Warn of each monitor once: of `pictures` by the monitor's name, and the direction of its change."""
         settings, told = self.collector.settings, {warning["monitor"] for warning in self.warnings}
-        units = {name: change.units for name, change in changes.items()}
-        bad = suspicious(units, shares(settings.rewards), settings.config.watched, self.options.limit)
+        bad = suspicious(changes, shares(settings.rewards), settings.config.watched, self.options.limit)
         for name, sign in bad.items():
-            monitor, (base, now, distance) = where + name, changes[name]
+            monitor, (base, now, distance, _) = where + name, changes[name]
             if monitor in told:
                 continue
             file = f"warnings/{iteration}_{monitor.replace('/', '_')}.png"

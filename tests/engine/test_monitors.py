@@ -11,7 +11,18 @@ from benchmarks import monitors as bad
 from mixgrpo_jax import train
 from mixgrpo_jax.engine import monitors
 from mixgrpo_jax.engine.held_out import Assessment
-from mixgrpo_jax.engine.monitors import GROUPS, MONITORS, Hacked, Series, Watch, diversity, measure, suspicious, thumbs
+from mixgrpo_jax.engine.monitors import (
+    GROUPS,
+    MONITORS,
+    Change,
+    Hacked,
+    Series,
+    Watch,
+    diversity,
+    measure,
+    suspicious,
+    thumbs,
+)
 from tests.test_train import fast, lines
 
 RNG = np.random.default_rng(0)
@@ -105,6 +116,7 @@ def test_a_window_that_moves_is_no_change_and_a_change_is_carried_over_it():
     level = 5.0 * starts  # what moves with the window
     still = followed(level, starts)
     assert max(abs(change.units) for change in still) < 0.7
+    assert all(abs(change.units) < 4 * change.error < 2 for change in still[1:])
     drifting = followed(level + np.linspace(0, 2, len(starts)), starts)
     assert drifting[-1].units > 2  # what changes while a base is made is not seen
     assert drifting[-1].now == pytest.approx(17, abs=0.5) and drifting[-1].base == pytest.approx(16, abs=0.5)
@@ -113,16 +125,17 @@ def test_a_window_that_moves_is_no_change_and_a_change_is_carried_over_it():
 def test_what_is_suspicious():
     still = dict.fromkeys([*MONITORS, "diversity", "reward/a", "reward/b", "reward/w"], 0.0)
 
-    def found(limit=1.0, **changed):
-        return suspicious(
-            still | {k.replace("_", "/"): v for k, v in changed.items()}, dict(a=0.5, b=0.5), ["w"], limit
-        )
+    def found(limit=1.0, error=0.0, **changed):
+        units = still | {k.replace("_", "/"): v for k, v in changed.items()}
+        changes = {name: Change(0.0, 0.0, each, error) for name, each in units.items()}
+        return suspicious(changes, dict(a=0.5, b=0.5), ["w"], limit)
 
     assert found() == {} and found(brightness=0.9, reward_a=9, reward_w=-0.4) == {}
     assert found(brightness=-1.1, periodicity=1.2) == {"brightness": -1, "periodicity": 1}
     assert found(diversity=1.1, periodicity=-2, saturated=-2) == {} and found(diversity=-1.1) == {"diversity": -1}
     assert found(reward_a=1.2, reward_w=-0.6) == {"reward/w": -1} and found(reward_a=-1.2, reward_w=-0.6) == {}
     assert found(sharpness=-3, entropy=-3.1, reward_w=0.46) == {"entropy": -1}  # a watched reward vouches for the other
+    assert found(error=0.3, edges=1.5) == {} and found(error=0.3, edges=1.5, reward_w=-0.2) == {"edges": 1}
     assert found(0.0, brightness=9) == {} and found(2.0, brightness=1.9) == {}
 
 
