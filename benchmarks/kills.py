@@ -116,12 +116,17 @@ def result(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray], dict, lis
     checkpoints = Checkpoints(workdir)
     host, iteration = checkpoints.restore_host(), checkpoints.latest
     checkpoints.close()
-    folder = workdir / "checkpoints" / str(iteration) / "state"  # by whatever processes it was saved
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), orbax_io.stored(folder))
-    leaves = jax.tree_util.tree_leaves_with_path(orbax_io.restore(folder, shapes))
+    state = arrays(workdir / "checkpoints" / str(iteration) / "state")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
-    return iteration, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, host, lines
+    return iteration, state, host, lines
+
+
+def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Of a checkpoint, by path, by whatever processes it was saved."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), orbax_io.stored(folder))
+    leaves = jax.tree_util.tree_leaves_with_path(orbax_io.restore(folder, shapes))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> str:

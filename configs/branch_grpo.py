@@ -27,9 +27,7 @@ def get_config(on="signs"):
     config.plan = configs.choose(
         "plan",
         "tree",
-        num_steps=steps.num_steps,
-        shift=steps.shift,
-        spacing=steps.spacing,
+        steps,
         splits=tuple(steps.num_steps * k // 20 for k in (0, 3, 6)),
         noise=(4.0, 4.0, 4.0),
     )

@@ -22,9 +22,7 @@ def get_config(on="signs"):
     config.plan = configs.choose(
         "plan",
         "tree",
-        num_steps=steps.num_steps,
-        shift=steps.shift,
-        spacing=steps.spacing,
+        steps,
         splits=tuple(steps.num_steps * k // 6 for k in (1, 2, 3)),
         late=tuple(steps.num_steps * k // 6 for k in (1, 3, 5)),
         late_after=config.iterations,

@@ -22,9 +22,7 @@ def get_config(on="signs"):
     config.plan = configs.choose(
         "plan",
         "tree",
-        num_steps=steps.num_steps,
-        shift=steps.shift,
-        spacing=steps.spacing,
+        steps,
         splits=(0, 1, 2),
         late=(last, last + 1, last + 2),
         late_after=last * steps.iterations_per_window,

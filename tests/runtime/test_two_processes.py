@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from mixgrpo_jax.models.io import orbax_io
+from benchmarks.kills import arrays
 from mixgrpo_jax.runtime import distributed
 from mixgrpo_jax.runtime.checkpoint import Checkpoints
 from mixgrpo_jax.runtime.mesh import virtual_devices
@@ -184,13 +183,6 @@ def test_a_state_is_the_same_bits_on_one_device_on_eight_on_two_processes_and_on
         assert all(array.tobytes() == first[path].tobytes() for path, array in state.items())
     hosts = [Checkpoints(workdir).restore_host() for workdir in chain]
     assert all(host == hosts[0] for host in hosts)
-
-
-def arrays(folder):
-    """Of a checkpoint, by path, wherever they were saved."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), orbax_io.stored(folder))
-    leaves = jax.tree_util.tree_leaves_with_path(orbax_io.restore(folder, shapes))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def test_two_processes_train_adapters_evaluate_and_sample(small_policy, tmp_path):
